@@ -1,0 +1,287 @@
+"""
+Stage 1, the latent action model: from two frames of action-free video to the action between them.
+
+An inverse dynamics model (IDM) sees frame t and frame t+k and gives a small vector, the latent action z_t = f(I_t, I_{t+k}). A forward
+dynamics model (FDM) sees frame t and z_t and must draw frame t+k: I_{t+k} ~ g(I_t, z_t). Trained together on nothing but that drawing, z has
+to say what moved (HiLAM, arXiv 2603.05815, section 3.1; UniSkill, CoRL 2025). Two ways to fail are measured below: a z that is ignored, and
+a z that carries the future frame instead of the motion.
+
+    python lam.py                                                    # toy world, about 3 minutes on two CPU cores
+    python lam.py --data data/libero_10 --out out/libero_10 --gap 10 --latent 32 --steps 4000
+
+Writes OUT/lam.pt, OUT/latents.SET.npy (T, latent) for every packed set, OUT/lam.json and OUT/lam.png.
+Expect on the toy world: FDM error near 0.1 of copying the current frame with the true latent, near 1 with a shuffled or a zero one.
+"""
+import argparse, random, time
+from pathlib import Path
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+from PIL import Image, ImageDraw
+from data import TOY_SETS, fail, load_checkpoint, load_weights, open_sets, write
+
+NEUTRAL = {"out", "device", "log_every", "save_every"}         # arguments that do not change what is learned
+
+# ---------------------------------------------------------------- what the training scripts share
+def stage_parser(doc, steps):
+    """Parser with the flags every stage has. doc: the script's docstring, which --help shows; steps: default number of training steps."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("run").add_argument
+    add("--data", nargs="+", default=TOY_SETS, help="packed datasets (default: the toy world's two, packed on first use)")
+    add("--out", default="out/toy", help="run folder, one for all stages (default: %(default)s)")
+    add("--steps", type=int, default=steps, help="training steps (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of weights and batches; same seed, same result (default: %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add("--log-every", type=int, default=100, help="steps between two lines of log (default: %(default)s)")
+    add("--save-every", type=int, default=500, help="steps between two checkpoints (default: %(default)s)")
+    return parser
+
+def setup(args):
+    """Seed everything, make the run folder, return the torch.device. Exits when the GPU asked for is not there."""
+    gpus = ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    name = args.device.replace("auto", (gpus + ["cpu"])[0])
+    if name not in ["cpu"] + gpus:
+        fail(f"--device {args.device}: no such device here; use --device cpu")
+    random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    return torch.device(name)
+
+def step_rng(seed, step):
+    """Numpy generator of one step; torch is seeded alike. Chance depends on (seed, step) alone, so a resumed run repeats itself exactly."""
+    torch.manual_seed(seed * 1_000_003 + step)
+    return np.random.default_rng([seed, step])
+
+def get_lr(step, args):
+    """Learning rate: linear warm-up over 100 steps, then a cosine down to a tenth (as in nanoGPT)."""
+    return float(args.lr * min(1.0, (step + 1) / 100) * (0.55 + 0.45 * np.cos(np.pi * min(1.0, step / max(1, args.steps)))))
+
+def save_checkpoint(path, stage, args, step, model, optimizer, **more):
+    write(path, dict(stage=stage, args=vars(args), step=step, model=model.state_dict(), optimizer=optimizer.state_dict(), **more))
+
+def resume(path, stage, args, model, optimizer):
+    """The step to start from: 0, or where the checkpoint at path stopped; its weights and optimizer are then loaded."""
+    if not Path(path).exists():
+        return 0
+    record = load_checkpoint(path, stage, finished=False)
+    for key in sorted(set(vars(args)) - NEUTRAL):
+        if record["args"].get(key) != vars(args)[key]:
+            fail(f"{path} was trained with {key} {record['args'].get(key)}, not {vars(args)[key]}: choose another --out or delete it")
+    load_weights(model, record, path)
+    optimizer.load_state_dict(record["optimizer"])
+    print(f"{path}: trained already" if record["step"] >= args.steps else f"{path}: resuming at step {record['step']}")
+    return record["step"]
+
+def draw_strip(path, rows, marks={}):
+    """Save rows of frames as one PNG. rows: list of (label, list of (H, W, 3) uint8); marks: {(row, column): colour of its frame}."""
+    side = max(1, 96 // rows[0][1][0].shape[0]) * rows[0][1][0].shape[0] + 6
+    left = 8 + 6 * max(len(label) for label, _ in rows)
+    canvas = Image.new("RGB", (left + side * max(len(frames) for _, frames in rows), side * len(rows)), "white")
+    for r, (label, frames) in enumerate(rows):
+        ImageDraw.Draw(canvas).text((4, r * side + side // 2 - 6), label, fill="black")
+        for c, frame in enumerate(frames):
+            canvas.paste(marks.get((r, c), "white"), [left + c * side, r * side, left + (c + 1) * side, (r + 1) * side])
+            canvas.paste(Image.fromarray(frame).resize((side - 6, side - 6), Image.NEAREST), (left + c * side + 3, r * side + 3))
+    write(path, canvas)
+
+# ---------------------------------------------------------------- arguments
+def get_args(argv=None):
+    parser = stage_parser(__doc__, steps=2000)
+    add = parser.add_argument_group("latent action").add_argument
+    add("--gap", type=int, default=1, help="k: frames between the two that the IDM sees (default: %(default)s; UniSkill on LIBERO: 20-40)")
+    add("--latent", type=int, default=8, help="width of the latent action; UniSkill: 64 (default: %(default)s)")
+    add("--bottleneck", choices=["plain", "noise"], default="plain", help="noise adds N(0, 0.1) to the latent in training (default: %(default)s)")
+    add("--wrist", action="store_true", help="the models also see and draw the wrist camera")
+    add = parser.add_argument_group("model and optimizer").add_argument
+    add("--width", type=int, default=32, help="channels of the first convolution; doubled twice (default: %(default)s)")
+    add("--batch", type=int, default=64, help="frame pairs a step, shared equally by the sets (default: %(default)s)")
+    add("--lr", type=float, default=2e-3, help="peak learning rate of AdamW (default: %(default)s)")
+    return parser.parse_args(argv)
+
+# ---------------------------------------------------------------- models
+class ConvBlock(nn.Module):
+    """3x3 convolution, GroupNorm, optional FiLM by a condition vector, SiLU. (B, cin, H, W) -> (B, cout, H/stride, W/stride)."""
+
+    def __init__(self, cin, cout, stride=1, condition=0):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(cin, cout, 3, stride, 1), nn.GroupNorm(8, cout)
+        self.film = nn.Linear(condition, 2 * cout) if condition else None
+
+    def forward(self, x, condition=None):
+        x = self.norm(self.conv(x))
+        if self.film is not None:
+            scale, shift = self.film(condition)[:, :, None, None].chunk(2, 1)
+            x = x * (1 + scale) + shift
+        return F.silu(x)
+
+class IDM(nn.Module):
+    """Inverse dynamics: z = f(I_t, I_{t+k}), (B, C, S, S) twice -> (B, latent). It is shown the difference, so that motion is easy to see."""
+
+    def __init__(self, channels, size, latent, width):
+        super().__init__()
+        self.patch = size // 16                                          # frames become a 16 x 16 grid of patches, whatever their size
+        self.body = nn.Sequential(ConvBlock(2 * channels * self.patch ** 2, width), ConvBlock(width, 2 * width, 2), ConvBlock(2 * width, 4 * width, 2),
+                                  ConvBlock(4 * width, 2 * width), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, latent))
+        self.norm = nn.LayerNorm(latent, elementwise_affine=False)       # UniSkill: the latent action is LayerNorm'ed, no VQ
+
+    def forward(self, now, future):
+        return self.norm(self.body(F.pixel_unshuffle(torch.cat([now - 0.5, 4 * (future - now)], 1), self.patch)))
+
+class FDM(nn.Module):
+    """Forward dynamics: I_{t+k} = I_t + g(I_t, z), a U-Net with FiLM by z at every scale. FiLM at the bottleneck alone leaves z ignored."""
+
+    def __init__(self, channels, size, latent, width):
+        super().__init__()
+        self.patch = size // 16
+        c = channels * self.patch ** 2
+        self.embed = nn.Sequential(nn.Linear(latent, 4 * width), nn.SiLU())
+        self.down = nn.ModuleList([ConvBlock(c, width), ConvBlock(width, 2 * width, 2), ConvBlock(2 * width, 4 * width, 2)])
+        self.middle = ConvBlock(4 * width, 4 * width, 1, 4 * width)
+        self.up = nn.ModuleList([ConvBlock(6 * width, 2 * width, 1, 4 * width), ConvBlock(3 * width, width, 1, 4 * width)])
+        self.last = ConvBlock(width, width, 1, 4 * width)
+        self.out = nn.Conv2d(width, c, 3, 1, 1)
+        nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)   # at the start the prediction is the current frame
+
+    def forward(self, now, z):
+        z, x, skips = self.embed(z), F.pixel_unshuffle(now - 0.5, self.patch), []
+        for block in self.down:
+            x = block(x)
+            skips.append(x)                                              # 16 x 16, 8 x 8, 4 x 4
+        x = self.middle(x, z)
+        for block, skip in zip(self.up, skips[1::-1]):
+            x = block(torch.cat([F.interpolate(x, scale_factor=2), skip], 1), z)
+        return now + 0.1 * F.pixel_shuffle(self.out(self.last(x, z)), self.patch)
+
+class LAM(nn.Module):
+    """IDM and FDM together. images(...) turns packed rows into the tensors that both take."""
+
+    def __init__(self, channels, size, latent, width):
+        super().__init__()
+        self.idm, self.fdm = IDM(channels, size, latent, width), FDM(channels, size, latent, width)
+
+def build(args, size):
+    """The LAM that these arguments describe, for square frames of this size."""
+    if size % 16:
+        fail(f"frames of {size} pixels: the models cut them to 16 x 16 patches, so pack them at a multiple of 16 (--size)")
+    return LAM(6 if args["wrist"] else 3, size, args["latent"], args["width"])
+
+def images(dataset, rows, wrist, device):
+    """Rows of a packed dataset -> (B, 3, S, S) in [0, 1], or (B, 6, S, S) with the wrist camera; one vectorised gather from the mapped file."""
+    if wrist and dataset.wrist is None:
+        fail(f"{dataset.path} has no wrist camera: leave --wrist out")
+    x = np.concatenate([dataset.frames[rows], dataset.wrist[rows]], -1) if wrist else dataset.frames[rows]
+    return torch.from_numpy(x).to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+
+def get_batch(sets, index, args, rng, device):
+    """Frames t and t+k, (B, C, S, S) each; every set gives the same share, however long it is."""
+    share = -(-args.batch // len(sets))
+    rows = [rng.choice(i, share) for i in index]
+    return [torch.cat([images(s, r + gap, args.wrist, device) for s, r in zip(sets, rows)]) for gap in (0, args.gap)]
+
+def ratio(prediction, future, now):
+    """Squared error in units of the error of copying the current frame: 0 is perfect, 1 is what no model at all reaches."""
+    return F.mse_loss(prediction, future) / F.mse_loss(now, future).clamp_min(1e-8)
+
+# ---------------------------------------------------------------- what the latent is worth
+def ridge(x, y, x_test, y_test, penalty=1e-2):
+    """R^2 per column of y_test, predicted linearly from x_test by ridge regression fitted on (x, y)."""
+    mean, scale, centre = x.mean(0), x.std(0) + 1e-6, y.mean(0)
+    a = (x - mean) / scale
+    w = np.linalg.solve(a.T @ a + penalty * len(a) * np.eye(a.shape[1]), a.T @ (y - centre))
+    error = y_test - centre - (x_test - mean) / scale @ w
+    return 1 - (error ** 2).mean(0) / (y_test.var(0) + 1e-12)
+
+def effective_rank(z):
+    """exp of the entropy of the covariance's normalised eigenvalues: how many dimensions the latent really uses (Roy and Vetterli 2007)."""
+    e = np.linalg.eigvalsh(np.cov(z.T)).clip(1e-12)
+    return float(np.exp(-(e / e.sum() * np.log(e / e.sum())).sum()))
+
+@torch.no_grad()
+def encode(model, dataset, args, device, batch=256):
+    """Latents of every row, (T, latent) float32; zeros for the last k frames of an episode, which have no frame t+k."""
+    out, rows = np.zeros((dataset.total, args.latent), np.float32), dataset.rows(np.arange(len(dataset.start)), args.gap)
+    for part in tqdm(np.array_split(rows, max(1, len(rows) // batch)), f"latents {dataset.name}", disable=None):
+        out[part] = model.idm(images(dataset, part, args.wrist, device), images(dataset, part + args.gap, args.wrist, device)).cpu().numpy()
+    return out
+
+@torch.no_grad()
+def evaluate(model, sets, latents, args, device):
+    """Figures on held-out episodes; see the module's docstring for what to expect."""
+    rng, errors = np.random.default_rng(0), []
+    for dataset, z in zip(sets, latents):
+        rows = rng.permutation(dataset.rows(dataset.split("val"), args.gap))[:1024]
+        shuffled = rng.permutation(rows)
+        for part in np.array_split(np.arange(len(rows)), max(1, len(rows) // 256)):
+            now, future = (images(dataset, rows[part] + gap, args.wrist, device) for gap in (0, args.gap))
+            latent = [torch.from_numpy(z[r[part]]).to(device) for r in (rows, shuffled)]
+            errors.append([float(ratio(model.fdm(now, v), future, now)) for v in (latent[0], latent[1], torch.zeros_like(latent[0]))])
+    figures = dict(zip(("fdm_error", "fdm_error_shuffled", "fdm_error_zero"), np.mean(errors, 0).tolist()))
+    probes = []
+    for dataset, z in zip(sets, latents):
+        actions = dataset.truth("actions") if "truth_actions" in dataset.arrays else dataset.actions
+        if actions is not None:                                          # a probe, and the only place where this stage reads actions
+            rows = [dataset.rows(dataset.split(name), args.gap) for name in ("train", "val")]
+            summed = [sum(np.asarray(actions[r + i], np.float64) for i in range(args.gap)) for r in rows]
+            probes.append(ridge(z[rows[0]], summed[0], z[rows[1]], summed[1]).tolist())
+    figures["action_r2"] = np.mean(probes, 0).tolist() if probes else []
+    figures["action_r2_mean"] = float(np.mean(probes)) if probes else None
+    figures["effective_rank"] = effective_rank(np.concatenate([z[d.rows(d.split("val"), args.gap)] for d, z in zip(sets, latents)]))
+    return figures
+
+@torch.no_grad()
+def draw(path, model, sets, latents, args, device):
+    """The film strip: frames, true next frames, and the FDM's with the true, a shuffled and a zero latent; then hand to robot transfer."""
+    show = lambda d, x: [np.ascontiguousarray(f[::-1] if d.upside_down else f) for f in (x[:, :3].clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()]
+    strip, rng = [], np.random.default_rng(1)
+    for dataset, z in zip(sets, latents):
+        rows = np.sort(rng.choice(dataset.rows(dataset.split("val"), args.gap), 8, replace=False))
+        now, future = (images(dataset, rows + gap, args.wrist, device) for gap in (0, args.gap))
+        true = torch.from_numpy(z[rows]).to(device)
+        strip += [(f"{dataset.name} t", show(dataset, now)), (f"t+{args.gap}", show(dataset, future))]
+        strip += [(f"FDM, {k} z", show(dataset, model.fdm(now, v))) for k, v in dict(true=true, shuffled=true.roll(1, 0), zero=true * 0).items()]
+    if len(sets) > 1:                                                    # one latent of the first set, applied to every frame of the last
+        strip.append((f"{sets[0].name}'s z on {dataset.name}", show(dataset, model.fdm(now, torch.from_numpy(latents[0][sets[0].rows(sets[0].split("val"), args.gap)[[5]]]).expand(8, -1).to(device)))))
+    draw_strip(path, strip)
+
+def main():
+    args = get_args()
+    device = setup(args)
+    sets, path = open_sets(args.data), Path(args.out, "lam.pt")
+    index = [s.rows(s.split("train"), args.gap) for s in sets]
+    if any(len(i) == 0 for i in index):
+        fail(f"--gap {args.gap} is longer than every episode of a set")
+    model = build(vars(args), sets[0].frames.shape[1]).to(device, memory_format=torch.channels_last)     # twice as fast on CPU
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)
+    first, begin, loading, seen = resume(path, "lam", args, model, optimizer), time.time(), 0.0, []
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {sum(map(len, index))} training pairs from {', '.join(s.name for s in sets)}")
+    for step in tqdm(range(first, args.steps), "lam", initial=first, total=args.steps, disable=None):
+        mark, rng = time.time(), step_rng(args.seed, step)
+        now, future = get_batch(sets, index, args, rng, device)
+        loading += time.time() - mark
+        for group in optimizer.param_groups:
+            group["lr"] = get_lr(step, args)
+        z = model.idm(now, future)
+        if args.bottleneck == "noise":
+            z = z + 0.1 * torch.randn_like(z)
+        loss = ratio(model.fdm(now, z), future, now)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        seen.append(loss.item())
+        if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
+            speed = (step + 1 - first) * len(now) / (time.time() - begin)
+            tqdm.write(f"step {step + 1:6d}  error/copy {np.mean(seen[-args.log_every:]):.4f}  {speed:.0f} frames/s  loading {100 * loading / (time.time() - begin):.0f} %")
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            save_checkpoint(path, "lam", args, step + 1, model, optimizer)
+    latents = [encode(model, s, args, device) for s in sets]
+    for dataset, z in zip(sets, latents):
+        write(Path(args.out, f"latents.{dataset.name}.npy"), z)
+    figures = evaluate(model, sets, latents, args, device) | dict(seconds=time.time() - begin)
+    write(Path(args.out, "lam.json"), figures)
+    draw(Path(args.out, "lam.png"), model, sets, latents, args, device)
+    print("  ".join(f"{k} {np.round(v, 3)}" for k, v in figures.items()))
+
+if __name__ == "__main__":
+    main()

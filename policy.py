@@ -1,0 +1,333 @@
+"""
+Stage 3, the hierarchical policy: from frames and a sentence to a skill, and from frames and the skill to actions.
+
+    pretrain, on action-free video with the pseudo-labels of stages 1 and 2 (HiLAM, arXiv 2603.05815, section 3.3):
+        high level   pi_h(o_t, text)  -> skill of frame t, zbar^h_t
+        low level    pi_l(o_t, skill) -> latent actions z^l_t, z^l_{t+1}, ...        skill: what pi_h predicts
+    fine-tune, on --demos labelled demonstrations: pi_h is FROZEN, pi_l's head is replaced and trained on real actions
+
+Both have BAKU's architecture (NeurIPS 2024), smaller: an image encoder with FiLM by the condition, one token each for condition, cameras,
+proprio and ACTION, a causal transformer, read at the ACTION token; actions come in chunks. The flat baseline is the same network with the
+text as its condition, no pretraining, and the same labelled data, steps, batch and augmentation.
+
+    python policy.py                                        # toy world: hilam and flat on 10 % of the demonstrations, about 7 minutes on two cores
+    python policy.py --variant flat --demos 5 --data data/libero_object --out out/libero_object --steps 4000
+
+Writes OUT/policy_pretrain_SKILL_ACTION.pt, OUT/policy_VARIANT_DEMOS.pt, OUT/policy.json and OUT/policy.png (true and predicted actions).
+"""
+import argparse, json, time, zlib
+from pathlib import Path
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+from data import fail, load_checkpoint, load_weights, open_sets, write
+from lam import ConvBlock, get_lr, resume, save_checkpoint, setup, stage_parser, step_rng
+from skills import Block, load_latents
+
+# variant: (stage of the skill that the high level predicts, stage of the vectors on which the acting level is pretrained); None: not there.
+# The rows of the paper's Table 1; stage 0 is the latent action itself.
+VARIANTS = dict(hilam=(2, 0), flat=(None, None), hilam_z1_z0=(1, 0), hilam_z2_z1=(2, 1), flat_z0=(None, 0), flat_z2=(None, 2), hilam_scratch=(2, None))
+WORDS, LONGEST = 1024, 32                                          # buckets that words are hashed into; words of a sentence
+
+def get_args(argv=None):
+    parser = stage_parser(__doc__, steps=1500)
+    add = parser.add_argument_group("experiment").add_argument
+    add("--variant", nargs="+", choices=VARIANTS, default=["hilam", "flat"], metavar="NAME", help=f"what to train: {', '.join(VARIANTS)} (default: hilam flat)")
+    add("--demos", type=float, default=0.1, help="labelled demonstrations a task: a count, or below 1 a share (default: %(default)s)")
+    add("--pretrain-steps", type=int, default=1500, help="steps of pretraining; --steps counts fine-tuning (default: %(default)s)")
+    add("--video", nargs="+", help="names of the packed sets to pretrain on, of those in --data (default: all)")
+    add = parser.add_argument_group("model and optimizer").add_argument
+    add("--chunk", type=int, default=10, help="actions predicted at once; 10 in BAKU (default: %(default)s)")
+    add("--channels", type=int, default=32, help="channels of the image encoder's first layer; doubled twice (default: %(default)s)")
+    add("--width", type=int, default=128, help="token width; 256 in BAKU (default: %(default)s)")
+    add("--layers", type=int, default=2, help="transformer blocks; 8 in BAKU (default: %(default)s)")
+    add("--low-text", action="store_true", help="the low level is told the text as well as the skill")
+    add("--batch", type=int, default=64, help="frames a step, shared equally by the sets (default: %(default)s)")
+    add("--lr", type=float, default=1e-3, help="peak learning rate of AdamW (default: %(default)s)")
+    return parser.parse_args(argv)
+
+# ---------------------------------------------------------------- models
+def tokenize(texts):
+    """Sentences -> (B, 32) int64: every word hashed into one of 1,024 buckets, 0 is padding. No vocabulary to build or to lose."""
+    out = np.zeros((len(texts), LONGEST), np.int64)
+    for row, text in zip(out, texts):
+        words = [1 + zlib.crc32(w.encode()) % WORDS for w in text.lower().split()][:LONGEST]
+        row[:len(words)] = words
+    return torch.from_numpy(out)
+
+class TextEncoder(nn.Module):
+    """A small transformer over words, (B, 32) int64 -> (B, width). Stands in for the paper's T5."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.word, self.place = nn.Embedding(WORDS + 1, width), nn.Parameter(0.5 * torch.randn(LONGEST, width))
+        self.block, self.out = Block(width), nn.Linear(width, width)
+
+    def forward(self, tokens):
+        unique, index = tokens.unique(dim=0, return_inverse=True)
+        used = (unique > 0).float()[..., None]
+        x = self.block(self.word(unique) + self.place)
+        return self.out((x * used).sum(1) / used.sum(1).clamp_min(1))[index]
+
+class Policy(nn.Module):
+    """One level: images and a condition vector -> a chunk of vectors.
+
+    images (B, cameras, 3, S, S), condition (B, condition), proprio (B, P) or None -> (B, chunk, out). Tokens: condition, cameras, proprio, ACTION."""
+
+    def __init__(self, size, cameras, proprio, condition, out, chunk, args):
+        super().__init__()
+        w, c, self.patch, self.chunk = args.width, args.channels, size // 16, chunk
+        self.condition = nn.Sequential(nn.Linear(condition, w), nn.SiLU(), nn.Linear(w, w))
+        self.conv = nn.ModuleList([ConvBlock(3 * self.patch ** 2 + 2, c, 1, w), ConvBlock(c, 2 * c, 2, w), ConvBlock(2 * c, 2 * c, 1, w), ConvBlock(2 * c, 4 * c, 2, w)])
+        self.image = nn.Linear(4 * c * 16, w)                      # one encoder for all cameras, as in BAKU
+        self.proprio, self.no_proprio = nn.Sequential(nn.Linear(max(1, proprio), w), nn.SiLU(), nn.Linear(w, w)), nn.Parameter(torch.zeros(w))
+        self.no_camera, self.cameras = nn.Parameter(torch.zeros(w)), cameras                 # human video has no wrist camera, and no proprio
+        self.action, self.kind = nn.Parameter(0.02 * torch.randn(w)), nn.Parameter(0.02 * torch.randn(cameras + 3, w))
+        self.blocks, self.norm, self.head = nn.Sequential(*[Block(w) for _ in range(args.layers)]), nn.RMSNorm(w), nn.Linear(w, chunk * out)
+
+    def forward(self, images, condition, proprio=None):
+        b, cameras, _, s, _ = images.shape
+        condition = self.condition(condition)                                                # (B, W)
+        x = F.pixel_unshuffle(images.flatten(0, 1) - 0.5, self.patch)                        # (B * cameras, ., 16, 16)
+        place = torch.linspace(-1, 1, 16, device=x.device).expand(len(x), 1, 16, 16)
+        x = torch.cat([x, place, place.transpose(2, 3)], 1)
+        for block in self.conv:
+            x = block(x, condition.repeat_interleave(cameras, 0))
+        x = torch.cat([self.image(x.flatten(1)).view(b, cameras, -1), self.no_camera.expand(b, self.cameras - cameras, -1)], 1)
+        body = self.no_proprio.expand(b, -1) if proprio is None else self.proprio(proprio)
+        tokens = torch.cat([condition[:, None], x, body[:, None], self.action.expand(b, 1, -1)], 1) + self.kind
+        return self.head(self.norm(self.blocks(tokens)[:, -1])).view(b, self.chunk, -1)
+
+class Agent(nn.Module):
+    """Both levels, or a flat policy, with the statistics that normalise proprio and actions. act() is what stage 4 calls.
+
+    shape: dict(size, cameras, high_cameras, proprio, skill, target) of the data; the last three are widths, skill 0 for a flat policy."""
+
+    def __init__(self, shape, args):
+        super().__init__()
+        w, self.shape, self.low_text = args.width, dict(shape), args.low_text or not shape["skill"]
+        make = lambda cameras, condition, out, chunk: Policy(shape["size"], cameras, shape["proprio"], condition, out, chunk, args)
+        self.high_text, self.high = (TextEncoder(w), make(shape["high_cameras"], w, shape["skill"], 1)) if shape["skill"] else (None, None)
+        self.text = TextEncoder(w) if self.low_text else None
+        self.low = make(shape["cameras"], shape["skill"] + w * self.low_text, shape["target"], args.chunk)
+        for name, width in (("proprio", shape["proprio"]), ("target", shape["target"])):
+            self.register_buffer(f"{name}_mean", torch.zeros(width)), self.register_buffer(f"{name}_scale", torch.ones(width))
+
+    def skill(self, images, tokens):
+        """pi_h: the standardised skill (B, skill) that the text asks for in these images."""
+        return self.high(images[:, :self.shape["high_cameras"]], self.high_text(tokens))[:, 0]
+
+    def forward(self, images, tokens, proprio=None, skill=None):
+        """pi_l: normalised targets (B, chunk, target). skill (B, skill): pi_h's, computed here when it is not given."""
+        condition = [] if self.high is None else [self.skill(images, tokens) if skill is None else skill]
+        condition = condition + [self.text(tokens)] if self.low_text else condition
+        proprio = None if proprio is None else (proprio - self.proprio_mean) / self.proprio_scale
+        return self.low(images, torch.cat(condition, -1), proprio)
+
+    @torch.no_grad()
+    def act(self, frames, wrist, proprio, texts):
+        """Observations of B environments -> (B, chunk, A) actions in the environment's own units. frames, wrist: (B, S, S, 3) uint8."""
+        device = self.target_mean.device
+        cameras = [torch.from_numpy(x).to(device) for x in ([frames] if self.shape["cameras"] == 1 else [frames, wrist])]
+        images = torch.stack(cameras, 1).permute(0, 1, 4, 2, 3).float() / 255
+        out = self(images, tokenize(texts).to(device), torch.from_numpy(proprio).float().to(device))
+        return (out.clamp(-1, 1) * self.target_scale + self.target_mean).cpu().numpy()
+
+# ---------------------------------------------------------------- data
+class Labels:
+    """Rows of some episodes of a packed set with their targets: an array of length T, normalised; valid where the target exists."""
+
+    def __init__(self, dataset, episodes, target, skill=None, gap=0):
+        self.dataset, self.target, self.skill = dataset, target, skill
+        self.rows, self.last = dataset.rows(episodes, gap), np.zeros(dataset.total, np.int64)
+        self.tokens, self.episode = tokenize([e["text"] for e in dataset.episodes]), np.zeros(dataset.total, np.int64)
+        for e in episodes:
+            r = slice(dataset.start[e], dataset.start[e] + dataset.length[e])
+            self.last[r], self.episode[r] = r.stop - 1 - gap, e                   # the last row that has a target
+
+    def batch(self, rows, chunk, cameras, device):
+        """images, tokens, proprio (or None), target (B, chunk, D), mask (B, chunk) False past the episode's end, skill (or None)."""
+        d, t = self.dataset, rows[:, None] + np.arange(chunk)
+        image = np.stack([d.frames[rows]] + ([d.wrist[rows]] if cameras > 1 and d.wrist is not None else []), 1)
+        images = torch.from_numpy(image).to(device).permute(0, 1, 4, 2, 3).float() / 255
+        proprio = None if d.proprio is None else torch.from_numpy(d.proprio[rows]).to(device)
+        target, mask = self.target[np.minimum(t, d.total - 1)], t <= self.last[rows][:, None]
+        skill = None if self.skill is None else torch.from_numpy(self.skill[rows]).to(device)
+        return images, self.tokens[self.episode[rows]].to(device), proprio, torch.from_numpy(target).to(device), torch.from_numpy(mask).to(device), skill
+
+def augment(images):
+    """The same for every variant: each camera shifted by up to a 16th of its side, edges repeated, and brightness scaled by +-10 %."""
+    b, n, c, s, _ = images.shape
+    pad = s // 16
+    x = F.pad(images.flatten(0, 1), (pad,) * 4, mode="replicate")
+    dy, dx = torch.randint(0, 2 * pad + 1, (2, b * n, 1), device=x.device) + torch.arange(s, device=x.device)
+    x = x[torch.arange(b * n, device=x.device)[:, None, None], :, dy[:, :, None], dx[:, None, :]]         # (B * cameras, S, S, 3)
+    return (x.permute(0, 3, 1, 2).view(b, n, c, s, s) * (0.9 + 0.2 * torch.rand(b, 1, 1, 1, 1, device=x.device))).clamp(0, 1)
+
+def standardise(arrays, rows):
+    """Arrays of several sets, jointly standardised over the given rows of each."""
+    used = np.concatenate([a[r] for a, r in zip(arrays, rows)])
+    return [((a - used.mean(0)) / (used.std(0) + 1e-6)).astype(np.float32) for a in arrays]
+
+def load_stage(dataset, out, stage):
+    """Vectors of a stage at frame rate, (T, D): 0 the latent actions, 1 and up the skills of stage 2."""
+    if stage == 0:
+        return load_latents(dataset, out)
+    path = Path(out, f"skills{stage}.{dataset.name}.npy")
+    if not path.exists():
+        fail(f"{path} is missing: run `python skills.py` with the same --data and --out first")
+    return np.load(path)
+
+def chosen_demos(dataset, demos):
+    """Training episodes to use: the first `demos` of every task, or that share of them when below 1 (at least one)."""
+    tasks = {}
+    for e in dataset.split("train"):
+        tasks.setdefault(dataset.episodes[e]["task"], []).append(e)
+    return np.sort(np.concatenate([x[:max(1, round(demos * len(x))) if demos < 1 else int(demos)] for x in tasks.values()]))
+
+# ---------------------------------------------------------------- training
+def l1(prediction, target, mask):
+    """Mean absolute error over (B, chunk, D) where mask (B, chunk): targets past an episode's end do not count."""
+    return ((prediction - target).abs().mean(-1) * mask).sum() / mask.sum().clamp_min(1)
+
+def train(agent, labels, args, path, stage, device, objective):
+    """The loop of both phases. objective(batch) -> dict of losses, whose sum is descended. Returns the last interval's means and the seconds."""
+    parameters = [p for p in agent.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=1e-3)
+    first, begin, seen, mean = resume(path, stage, args, agent, optimizer), time.time(), [], {}
+    share = -(-args.batch // len(labels))
+    for step in tqdm(range(first, args.steps), path.stem, initial=first, total=args.steps, disable=None):
+        rng = step_rng(args.seed, step)
+        batches = [part.batch(rng.choice(part.rows, share), args.chunk, agent.shape["cameras"], device) for part in labels]
+        records = [objective(augment(images), *rest) for images, *rest in batches]
+        loss = sum(sum(r.values()) for r in records) / len(records)
+        for group in optimizer.param_groups:
+            group["lr"] = get_lr(step, args)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        seen.append({k: np.mean([r[k].item() for r in records]) for k in records[0]})
+        if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
+            mean = {k: float(np.mean([s[k] for s in seen[-args.log_every:]])) for k in seen[-1]}
+            speed = (step + 1 - first) * args.batch / (time.time() - begin)
+            tqdm.write(f"{path.stem} step {step + 1:6d}  " + "  ".join(f"{k} {v:.3f}" for k, v in mean.items()) + f"  {speed:.0f} frames/s")
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            save_checkpoint(path, stage, args, step + 1, agent, optimizer, shape=agent.shape)
+    return mean, time.time() - begin
+
+def pretrain(args, sets, skill, action, device):
+    """Both levels on pseudo-labels: pi_h predicts zbar^skill, pi_l (or a flat policy, skill None) a chunk of stage `action` vectors."""
+    path = Path(args.out, f"policy_pretrain_{'z%d_' % skill if skill else ''}z{action}.pt")
+    video = [s for s in sets if not args.video or s.name in args.video]
+    if not video:
+        fail(f"--video {' '.join(args.video)}: none of these among {', '.join(s.name for s in sets)}")
+    gap = load_checkpoint(Path(args.out, "lam.pt"), "lam")["args"]["gap"] if Path(args.out, "lam.pt").exists() else 0
+    rows = [s.rows(s.split("train"), gap) for s in video]
+    targets = standardise([load_stage(s, args.out, action) for s in video], rows)
+    skills = standardise([load_stage(s, args.out, skill) for s in video], rows) if skill else [None] * len(video)
+    labels = [Labels(s, s.split("train"), t, k, gap) for s, t, k in zip(video, targets, skills)]
+    shape = data_shape(sets) | dict(target=targets[0].shape[1], skill=skills[0].shape[1] if skill else 0)
+    shape["high_cameras"] = 1 + all(s.wrist is not None for s in video)
+    own = argparse.Namespace(**{k: v for k, v in vars(args).items() if k not in ("variant", "demos", "pretrain_steps")} | dict(steps=args.pretrain_steps))
+    agent = Agent(shape, args).to(device)
+
+    def objective(images, tokens, proprio, target, mask, label):
+        if not skill:
+            return dict(latent=l1(agent(images, tokens), target, mask))
+        predicted = agent.skill(images, tokens)                                  # video has no proprio
+        latent = l1(agent(images, tokens, None, predicted.detach()), target, mask)
+        return dict(skill=l1(predicted[:, None], label[:, None], torch.ones_like(mask[:, :1])), latent=latent)
+
+    return agent, path.stem, train(agent, labels, own, path, "policy_pretrain", device, objective)
+
+def finetune(args, variant, sets, pretrained, device):
+    """The acting level on labelled demonstrations; the high level stays as pretraining left it (without pretraining it is trained along)."""
+    labelled = [s for s in sets if s.actions is not None]
+    if not labelled:
+        fail("none of the packed sets has actions: there is nothing to fine-tune on")
+    episodes, name = [chosen_demos(s, args.demos) for s in labelled], f"policy_{variant}_{args.demos:g}"
+    for s in labelled:
+        if not np.isfinite(s.actions).all():
+            fail(f"{s.path}: NaN or infinity in actions")
+    used = [np.concatenate([a[s.rows(e)] for s, e in zip(labelled, episodes) for a in [getattr(s, key)]]) for key in ("proprio", "actions")]
+    low, high = used[1].min(0), used[1].max(0)
+    mean, scale = (low + high) / 2, np.maximum((high - low) / 2, 1e-3)           # actions in [-1, 1]
+    labels = [Labels(s, e, ((s.actions - mean) / scale).astype(np.float32)) for s, e in zip(labelled, episodes)]
+    shape = dict(pretrained.shape if pretrained else data_shape(sets) | dict(skill=64 if VARIANTS[variant][0] else 0), target=len(mean))
+    torch.manual_seed(args.seed)
+    agent = Agent(shape, args).to(device)
+    if pretrained:                                                               # all but the head and what normalises its output
+        agent.load_state_dict({k: v for k, v in pretrained.state_dict().items() if not k.startswith(("low.head", "target"))}, strict=False)
+        for module in filter(None, (agent.high, agent.high_text)):
+            module.requires_grad_(False)
+    for key, value in dict(proprio_mean=used[0].mean(0), proprio_scale=used[0].std(0) + 1e-3, target_mean=mean, target_scale=scale).items():
+        getattr(agent, key).copy_(torch.from_numpy(value))
+    own = argparse.Namespace(**vars(args) | dict(variant=variant))
+    result = train(agent, labels, own, Path(args.out, f"{name}.pt"), "policy", device, lambda images, tokens, proprio, target, mask, _: dict(
+        action=l1(agent(images, tokens, proprio), target, mask)))
+    return agent, name, result
+
+def data_shape(sets):
+    """What the models must know of the data: frame size, cameras, width of proprio."""
+    widths = {s.proprio.shape[1] for s in sets if s.proprio is not None} or {1}
+    cameras = 1 + any(s.wrist is not None for s in sets)
+    return dict(size=sets[0].frames.shape[1], cameras=cameras, high_cameras=cameras, proprio=widths.pop())
+
+def load_agent(out, variant, demos, device):
+    """The fine-tuned policy of a run folder, ready to act."""
+    path = Path(out, f"policy_{variant}_{demos:g}.pt")
+    record = load_checkpoint(path, "policy")
+    agent = Agent(record["shape"], argparse.Namespace(**record["args"]))
+    load_weights(agent, record, path)
+    return agent.to(device).eval()
+
+@torch.no_grad()
+def held_out(agents, sets, args, device):
+    """L1 error of the first predicted action on held-out demonstrations, in units of predicting their mean; draws one of them as curves."""
+    dataset = [s for s in sets if s.actions is not None][0]
+    errors, curves = {}, {}
+    for name, agent in agents.items():
+        total = []
+        for e in dataset.split("val")[:20]:
+            r = np.arange(dataset.start[e], dataset.start[e] + dataset.length[e])
+            out = agent.act(dataset.frames[r], None if dataset.wrist is None else dataset.wrist[r], dataset.proprio[r], [dataset.episodes[e]["text"]] * len(r))[:, 0]
+            total.append((np.abs(out - dataset.actions[r]), np.abs(dataset.actions[r] - dataset.actions[r].mean(0))))
+            curves.setdefault(name, out)
+        errors[name] = float(np.concatenate([a for a, _ in total]).mean() / np.concatenate([b for _, b in total]).mean())
+    e = dataset.split("val")[0]
+    curves["demonstration"] = dataset.actions[dataset.start[e]:dataset.start[e] + dataset.length[e]]
+    canvas = Image.new("RGB", (900, 20 + 90 * dataset.actions.shape[1]), "white")
+    draw = ImageDraw.Draw(canvas)
+    for c, (name, curve) in zip(("orange", "steelblue", "green", "purple", "brown", "gray", "red")[:len(agents)] + ("black",), curves.items()):
+        draw.text((10 + 180 * list(curves).index(name), 4), name, fill=c)
+        for d in range(curve.shape[1]):
+            span = np.ptp(dataset.actions[:, d]) + 1e-6
+            draw.line([(10 + 880 * t / len(curve), 60 + 90 * d - 80 * v / span) for t, v in enumerate(curve[:, d])], fill=c, width=2)
+    write(Path(args.out, "policy.png"), canvas)
+    return errors
+
+def main():
+    args = get_args()
+    device, sets = setup(args), open_sets(args.data)
+    report = Path(args.out, "policy.json")
+    figures = json.loads(report.read_text()) if report.exists() else dict(losses={}, seconds={}, held_out_error={})
+    pretrained, agents = {}, {}
+    for variant in args.variant:
+        pair = skill, action = VARIANTS[variant]
+        if action is not None and pair not in pretrained:
+            torch.manual_seed(args.seed)
+            pretrained[pair] = pretrain(args, sets, skill, action, device)
+        for agent, name, (losses, seconds) in [pretrained[pair]] * (action is not None) + [finetune(args, variant, sets, pretrained.get(pair, [None])[0], device)]:
+            if losses:
+                figures["losses"][name], figures["seconds"][name] = losses, seconds
+        agents[name] = agent.eval()
+    figures["held_out_error"] |= held_out(agents, sets, args, device)
+    write(report, figures)
+    print("held-out action error / predicting the mean: " + "  ".join(f"{k} {v:.3f}" for k, v in figures["held_out_error"].items()))
+
+if __name__ == "__main__":
+    main()
