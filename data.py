@@ -207,7 +207,7 @@ def toy_render(hand, opening, objects, held, look, size):
     """Anti-aliased frames (B, size, size, 3) uint8 of B states, painted back to front."""
     grid = (np.arange(size, dtype=np.float32) + 0.5) / size
     image = np.empty((len(hand), 3, size, size), np.float32)
-    image[:] = np.reshape((0.80, 0.70, 0.56), (3, 1, 1))
+    image[:] = np.reshape((0.73, 0.75, 0.78), (3, 1, 1))
 
     def paint(mask, colour):                                                   # mask (B, size, size)
         image[:] += mask.astype(np.float32)[:, None] * (np.reshape(colour, (3, 1, 1)).astype(np.float32) - image)
@@ -223,13 +223,13 @@ def toy_render(hand, opening, objects, held, look, size):
         for i, colour in enumerate(BLOCKS.values()):
             paint(box(*objects[:, i].T, BLOCK_HALF, BLOCK_HALF) * ((held == i) == top)[:, None, None], colour)
     (x, y), gap = hand.T, 0.075 + 0.035 * opening
-    if look == "robot":                                                        # a bar and two steel fingers
-        paint(box(x, y - 0.085, gap + 0.02, 0.018), (0.30, 0.33, 0.38))
+    if look == "robot":                                                        # a palm plate and two fingers
+        paint(box(x, y - 0.115, 0.12, 0.04), (0.80, 0.15, 0.70))
     else:                                                                      # a sleeve from the table's edge, palm, thumb and finger
-        paint(box(x, (y + 1.3) / 2, 0.05, (1.0 - y) / 2), (0.55, 0.30, 0.50))
-        paint(box(x, y + 0.13, 0.085, 0.05), (0.93, 0.68, 0.55))
+        paint(box(x, (y + 1.3) / 2, 0.05, (1.0 - y) / 2), (0.36, 0.45, 0.30))
+        paint(box(x, y + 0.14, 0.09, 0.05), (0.96, 0.66, 0.50))
     for side in (-1, 1):
-        paint(box(x + side * gap, y + (look == "hand") * 0.03, 0.018, 0.075), (0.42, 0.47, 0.56) if look == "robot" else (0.90, 0.62, 0.49))
+        paint(box(x + side * gap, y + (look == "hand") * 0.03, 0.02, 0.08), (0.45, 0.10, 0.42) if look == "robot" else (0.88, 0.55, 0.40))
     return (image.transpose(0, 2, 3, 1) * 255 + 0.5).astype(np.uint8)
 
 def toy_demonstrate(look, goals, seed, size):

@@ -3,7 +3,7 @@ Stage 3, the hierarchical policy: from frames and a sentence to a skill, and fro
 
     pretrain, on action-free video with the pseudo-labels of stages 1 and 2 (HiLAM, arXiv 2603.05815, section 3.3):
         high level   pi_h(o_t, text)  -> skill of frame t, zbar^h_t
-        low level    pi_l(o_t, skill) -> latent actions z^l_t, z^l_{t+1}, ...        skill: what pi_h predicts
+        low level    pi_l(o_t, text, skill) -> latent actions z^l_t, z^l_{t+1}, ...  skill: what pi_h predicts
     fine-tune, on --demos labelled demonstrations: pi_h is FROZEN, pi_l's head is replaced and trained on real actions
 
 Both have BAKU's architecture (NeurIPS 2024), smaller: an image encoder with FiLM by the condition, one token each for condition, cameras,
@@ -36,7 +36,7 @@ def get_args(argv=None):
     parser = stage_parser(__doc__, steps=1500)
     add = parser.add_argument_group("experiment").add_argument
     add("--variant", nargs="+", choices=VARIANTS, default=["hilam", "flat"], metavar="NAME", help=f"what to train: {', '.join(VARIANTS)} (default: hilam flat)")
-    add("--demos", type=float, default=0.1, help="labelled demonstrations a task: a count, or below 1 a share (default: %(default)s)")
+    add("--demos", type=amount, default=0.1, help="labelled demonstrations a task: a count (5) or, with a point, a share (0.1, 1.0) (default: %(default)s)")
     add("--pretrain-steps", type=int, default=1500, help="steps of pretraining; --steps counts fine-tuning (default: %(default)s)")
     add("--video", nargs="+", help="names of the packed sets to pretrain on, of those in --data (default: all)")
     add = parser.add_argument_group("model and optimizer").add_argument
@@ -44,10 +44,17 @@ def get_args(argv=None):
     add("--channels", type=int, default=32, help="channels of the image encoder's first layer; doubled twice (default: %(default)s)")
     add("--width", type=int, default=128, help="token width; 256 in BAKU (default: %(default)s)")
     add("--layers", type=int, default=2, help="transformer blocks; 8 in BAKU (default: %(default)s)")
-    add("--low-text", action="store_true", help="the low level is told the text as well as the skill")
+    add("--no-low-text", dest="low_text", action="store_false", help="tell the low level the skill only, not the text as well")
     add("--batch", type=int, default=64, help="frames a step, shared equally by the sets (default: %(default)s)")
-    add("--lr", type=float, default=1e-3, help="peak learning rate of AdamW (default: %(default)s)")
+    add("--lr", type=float, default=7e-4, help="peak learning rate of AdamW (default: %(default)s)")
     return parser.parse_args(argv)
+
+def amount(text):
+    """'5' -> 5, a count; '0.1' -> 0.1, a share."""
+    value = float(text) if "." in text else int(text)
+    if value <= 0 or isinstance(value, float) and value > 1:
+        raise ValueError
+    return value
 
 # ---------------------------------------------------------------- models
 def tokenize(texts):
@@ -81,8 +88,8 @@ class Policy(nn.Module):
         super().__init__()
         w, c, self.patch, self.chunk = args.width, args.channels, size // 16, chunk
         self.condition = nn.Sequential(nn.Linear(condition, w), nn.SiLU(), nn.Linear(w, w))
-        self.conv = nn.ModuleList([ConvBlock(3 * self.patch ** 2 + 2, c, 1, w), ConvBlock(c, 2 * c, 2, w), ConvBlock(2 * c, 2 * c, 1, w), ConvBlock(2 * c, 4 * c, 2, w)])
-        self.image = nn.Linear(4 * c * 16, w)                      # one encoder for all cameras, as in BAKU
+        self.conv = nn.ModuleList([ConvBlock(3 * self.patch ** 2 + 2, c, 1, w), ConvBlock(c, 2 * c, 2, w), ConvBlock(2 * c, 2 * c, 1, w)])
+        self.image = nn.Sequential(nn.Linear(6 * c, w), nn.SiLU(), nn.Linear(w, w))          # one encoder for all cameras, as in BAKU
         self.proprio, self.no_proprio = nn.Sequential(nn.Linear(max(1, proprio), w), nn.SiLU(), nn.Linear(w, w)), nn.Parameter(torch.zeros(w))
         self.no_camera, self.cameras = nn.Parameter(torch.zeros(w)), cameras                 # human video has no wrist camera, and no proprio
         self.action, self.kind = nn.Parameter(0.02 * torch.randn(w)), nn.Parameter(0.02 * torch.randn(cameras + 3, w))
@@ -96,7 +103,10 @@ class Policy(nn.Module):
         x = torch.cat([x, place, place.transpose(2, 3)], 1)
         for block in self.conv:
             x = block(x, condition.repeat_interleave(cameras, 0))
-        x = torch.cat([self.image(x.flatten(1)).view(b, cameras, -1), self.no_camera.expand(b, self.cameras - cameras, -1)], 1)
+        at = x.flatten(2).softmax(-1).view_as(x)                                             # spatial softmax (Levine et al. 2016): where each
+        line = torch.linspace(-1, 1, x.shape[-1], device=x.device)                           # channel looks, so that a token can hold places
+        x = torch.cat([at.sum(2) @ line, at.sum(3) @ line, x.mean((2, 3))], 1)               # (B * cameras, 6 c)
+        x = torch.cat([self.image(x).view(b, cameras, -1), self.no_camera.expand(b, self.cameras - cameras, -1)], 1)
         body = self.no_proprio.expand(b, -1) if proprio is None else self.proprio(proprio)
         tokens = torch.cat([condition[:, None], x, body[:, None], self.action.expand(b, 1, -1)], 1) + self.kind
         return self.head(self.norm(self.blocks(tokens)[:, -1])).view(b, self.chunk, -1)
@@ -182,11 +192,11 @@ def load_stage(dataset, out, stage):
     return np.load(path)
 
 def chosen_demos(dataset, demos):
-    """Training episodes to use: the first `demos` of every task, or that share of them when below 1 (at least one)."""
+    """Training episodes to use: the first `demos` of every task, or that share of them when it is a float (at least one)."""
     tasks = {}
     for e in dataset.split("train"):
         tasks.setdefault(dataset.episodes[e]["task"], []).append(e)
-    return np.sort(np.concatenate([x[:max(1, round(demos * len(x))) if demos < 1 else int(demos)] for x in tasks.values()]))
+    return np.sort(np.concatenate([x[:max(1, round(demos * len(x))) if isinstance(demos, float) else demos] for x in tasks.values()]))
 
 # ---------------------------------------------------------------- training
 def l1(prediction, target, mask):
@@ -249,7 +259,7 @@ def finetune(args, variant, sets, pretrained, device):
     labelled = [s for s in sets if s.actions is not None]
     if not labelled:
         fail("none of the packed sets has actions: there is nothing to fine-tune on")
-    episodes, name = [chosen_demos(s, args.demos) for s in labelled], f"policy_{variant}_{args.demos:g}"
+    episodes, name = [chosen_demos(s, args.demos) for s in labelled], f"policy_{variant}_{args.demos}"
     for s in labelled:
         if not np.isfinite(s.actions).all():
             fail(f"{s.path}: NaN or infinity in actions")
@@ -279,7 +289,7 @@ def data_shape(sets):
 
 def load_agent(out, variant, demos, device):
     """The fine-tuned policy of a run folder, ready to act."""
-    path = Path(out, f"policy_{variant}_{demos:g}.pt")
+    path = Path(out, f"policy_{variant}_{demos}.pt")
     record = load_checkpoint(path, "policy")
     agent = Agent(record["shape"], argparse.Namespace(**record["args"]))
     load_weights(agent, record, path)

@@ -1,0 +1,303 @@
+"""
+Stage 4, evaluation: success rates of trained policies, in the built-in toy world or in LIBERO's simulator, through one loop.
+
+LIBERO's protocol (METHOD: as OpenVLA-OFT and LeRobot run it): every episode starts from one of the benchmark's fixed initial states, rests
+10 steps so that objects fall into place, and counts as a success as soon as the environment says so, within 220 / 280 / 300 / 520 steps
+(spatial / object / goal / 10). Environments live in worker processes of their own; the policy sees all that wait for it as one batch, and
+cameras are rendered only when it decides, every --execute steps.
+
+    python eval_libero.py                                                        # toy world: hilam and flat, 100 episodes each
+    python eval_libero.py --suite libero_object --out out/libero_object --demos 5 --episodes 20
+
+Appends a line an episode to OUT/eval_SUITE_VARIANT.jsonl (a killed evaluation goes on from there); writes OUT/eval_SUITE_VARIANT.json and .png,
+and a GIF of a success and of a failure. Intervals are Wilson's, 95 %.
+"""
+import argparse, importlib.util, json, math, multiprocessing, os, time
+from ctypes.util import find_library
+from multiprocessing.connection import wait
+from pathlib import Path
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+from data import TASKS, TOY_LIMIT, ToyWorld, fail, resize, toy_text, write
+from lam import draw_strip, setup
+from policy import VARIANTS, amount, load_agent
+
+SUITES = dict(toy=TOY_LIMIT, libero_spatial=220, libero_object=280, libero_goal=300, libero_10=520)     # the most steps of an episode
+INSTALL = "pip install -r requirements.txt && pip install --no-deps libero==0.1.1 bddl==1.0.1"
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--suite", default="toy", help=f"{', '.join(SUITES)} (default: %(default)s)")
+    add("--variant", nargs="+", default=["hilam", "flat"], metavar="NAME", help="trained variants to evaluate (default: hilam flat)")
+    add("--demos", type=amount, default=0.1, help="the --demos that policy.py was fine-tuned with (default: %(default)s)")
+    add("--out", default="out/toy", help="run folder, one for all stages (default: %(default)s)")
+    add("--episodes", type=int, default=10, help="episodes a task (default: %(default)s)")
+    add("--tasks", type=int, nargs="+", help="task numbers, 0 to 9 (default: all)")
+    add("--execute", type=int, help="steps between two decisions; overlapping chunks are averaged (default: toy 1, LIBERO 8)")
+    add("--max-steps", type=int, help="steps after which an episode has failed (default: the suite's)")
+    add("--settle", type=int, default=10, help="LIBERO: steps of rest before the policy acts (default: %(default)s)")
+    add("--workers", type=int, default=2, help="LIBERO: environments, one process each (default: %(default)s)")
+    add("--camera", type=int, default=128, help="LIBERO: rendered image side, resized to the policy's as the demonstrations were (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the environments (default: %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    return parser.parse_args(argv)
+
+# ---------------------------------------------------------------- the toy world as a pool of environments
+class ToyPool:
+    """All episodes at once. A pool has observe() -> the environments that wait for a decision, and execute(their actions) -> finished ones."""
+
+    def __init__(self, jobs, args, size):
+        self.jobs, self.limit = jobs, args.max_steps or TOY_LIMIT
+        self.world = ToyWorld("robot", size).reset([TASKS[t] for t, _ in jobs], [[7_000_000 + args.seed, t, e] for t, e in jobs])
+        self.alive, self.steps = np.ones(len(jobs), bool), 0
+
+    def observe(self):
+        """slots (indices into jobs), frames, wrist (None here), proprio, texts."""
+        slots = np.flatnonzero(self.alive)
+        return slots, self.world.frames()[slots], None, self.world.proprio()[slots], [toy_text(TASKS[self.jobs[i][0]]) for i in slots]
+
+    def execute(self, slots, actions):
+        """actions (B, n, A): steps the world n times; returns a list of (slot, success, steps) of the episodes that ended."""
+        full, ended = np.zeros((len(self.jobs), *actions.shape[1:])), []
+        full[slots] = actions
+        for n in range(actions.shape[1]):
+            self.steps += 1
+            success = self.world.step(full[:, n]) & self.alive
+            for i in np.flatnonzero(success | self.alive & (self.steps >= self.limit)):
+                ended.append((i, bool(success[i]), self.steps))
+                self.alive[i] = False
+        return ended
+
+    def close(self):
+        pass
+
+# ---------------------------------------------------------------- LIBERO's environments, one process each
+def prepare_libero():
+    """Make `import libero.libero` safe: installed, rendering backend chosen, configuration written (LIBERO asks on the keyboard without it)."""
+    if importlib.util.find_spec("libero") is None or importlib.util.find_spec("robosuite") is None:
+        fail(f"LIBERO's simulator is not installed; to install it: {INSTALL}")
+    if "MUJOCO_GL" not in os.environ:
+        backend = next((name for name, library in (("egl", "EGL"), ("osmesa", "OSMesa")) if find_library(library)), None)
+        if backend is None:
+            fail("no headless OpenGL to render with: install libegl1 (NVIDIA driver or Mesa) or libosmesa6, e.g. apt-get install libegl1 libgl1-mesa-dri")
+        os.environ["MUJOCO_GL"] = backend
+    config = Path(os.environ.get("LIBERO_CONFIG_PATH", Path.home() / ".libero"), "config.yaml")
+    if not config.exists():
+        root = Path(list(importlib.util.find_spec("libero").submodule_search_locations)[0], "libero")
+        config.parent.mkdir(parents=True, exist_ok=True)
+        folders = dict(benchmark_root=root, bddl_files=root / "bddl_files", init_states=root / "init_files", datasets=root / "datasets", assets=root / "assets")
+        config.write_text("".join(f"{key}: {folder}\n" for key, folder in folders.items()))
+
+def worker(pipe, suite, args):
+    """One process, one environment at a time. Receives (task, episode) to start one or actions (n, 7) to run; sends observations and outcomes."""
+    try:
+        import logging
+        logging.disable(logging.WARNING)
+        from libero.libero import benchmark, get_libero_path
+        from libero.libero.envs import OffScreenRenderEnv
+        bench, env, current = benchmark.get_benchmark(suite)(), None, None
+        cameras = dict(frames="agentview_image", wrist="robot0_eye_in_hand_image")
+
+        def look(o):
+            return dict(frames=o[cameras["frames"]], wrist=o[cameras["wrist"]], proprio=np.concatenate([o["robot0_joint_pos"], o["robot0_gripper_qpos"]]))
+
+        def run(actions, render=True):                             # cameras are switched on for the last step only
+            for i, action in enumerate(actions):
+                for name in cameras.values():
+                    env.env.modify_observable(name, "enabled", render and i == len(actions) - 1)
+                o, _, done, _ = env.step(action)
+                if done:
+                    return o, True, i + 1
+            return o, False, len(actions)
+
+        while True:
+            message = pipe.recv()
+            if message is None:
+                break
+            if isinstance(message, tuple):
+                number, episode = message
+                task = bench.get_task(number)
+                if number != current:
+                    if env is not None:
+                        env.close()
+                    env, current = OffScreenRenderEnv(bddl_file_name=os.path.join(get_libero_path("bddl_files"), task.problem_folder, task.bddl_file),
+                                                      camera_heights=args.camera, camera_widths=args.camera), number
+                safe = [(np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype, np.dtypes.Float64DType]
+                with torch.serialization.safe_globals(safe):
+                    states = torch.load(os.path.join(get_libero_path("init_states"), task.problem_folder, task.init_states_file), weights_only=True)
+                env.seed(args.seed)                                # this order: seed, reset, then the fixed state
+                env.reset()
+                env.set_init_state(states[episode % len(states)])
+                o, _, _ = run([np.array([0, 0, 0, 0, 0, 0, -1.0])] * max(1, args.settle))
+                steps, limit = 0, args.max_steps or SUITES[suite]
+                pipe.send((look(o), task.language))
+            else:
+                o, success, n = run(message[:limit - steps])
+                steps += n
+                over = success or steps >= limit
+                pipe.send((success, steps) if over else (look(o), task.language))
+    except (EOFError, KeyboardInterrupt):
+        pass
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    os._exit(0)                                                    # skips the simulator's noisy destructors
+
+
+class LiberoPool:
+    """The same interface as ToyPool, over --workers processes (spawned: a simulator must not be forked)."""
+
+    def __init__(self, jobs, args, size):
+        self.queue, self.jobs, self.size, self.observed, self.steps = list(range(len(jobs)))[::-1], jobs, size, {}, 0
+        context, self.pipes, self.slot = multiprocessing.get_context("spawn"), [], {}
+        for _ in range(min(args.workers, len(jobs))):
+            ours, theirs = context.Pipe()
+            context.Process(target=worker, args=(theirs, args.suite, args), daemon=True).start()
+            self.pipes.append(ours)
+            self.next_job(ours)
+
+    def next_job(self, pipe):
+        self.slot.pop(pipe, None)
+        if self.queue:
+            self.slot[pipe] = self.queue.pop()
+            pipe.send(self.jobs[self.slot[pipe]])
+
+    def receive(self):
+        """Wait for at least one worker; returns the episodes that ended and files the observations that arrived."""
+        ended = []
+        for pipe in wait([p for p in self.slot if self.slot[p] not in self.observed]):
+            try:
+                message = pipe.recv()
+            except EOFError:
+                message = "the process died"
+            if isinstance(message, str):
+                fail(f"a LIBERO worker stopped: {message}")
+            if isinstance(message[0], dict):
+                self.observed[self.slot[pipe]] = (pipe, *message)
+            else:
+                ended.append((self.slot[pipe], *message))
+                self.next_job(pipe)
+        return ended
+
+    def observe(self):
+        slots = list(self.observed)
+        obs, texts = zip(*[self.observed[s][1:] for s in slots]) if slots else ([], [])
+        stack = lambda key: np.stack([o[key] for o in obs]) if obs else np.zeros(0)
+        frames, wrist = (resize(stack(key), self.size) if obs else None for key in ("frames", "wrist"))
+        return np.array(slots, int), frames, wrist, stack("proprio"), list(texts)
+
+    def execute(self, slots, actions):
+        for s, a in zip(slots, actions):
+            self.observed.pop(s)[0].send(a)
+            self.steps += len(a)
+        return self.receive()
+
+    def close(self):
+        for pipe in self.pipes:
+            pipe.send(None)
+
+# ---------------------------------------------------------------- rollouts
+class Ensemble:
+    """Temporal aggregation: the action of a step is the mean of all chunks that predicted it, older ones weighing more (ACT, BAKU: exp(-0.01 i))."""
+
+    def __init__(self):
+        self.total, self.weight, self.age = {}, {}, {}
+
+    def __call__(self, slots, chunks, execute):
+        """slots (B,), chunks (B, chunk, A) predicted now -> the next `execute` actions of each, (B, execute, A)."""
+        out = []
+        for slot, new in zip(slots, chunks):
+            w = math.exp(-0.01 * self.age.get(slot, 0))
+            total, weight = self.total.get(slot, np.zeros_like(new)) + w * new, self.weight.get(slot, np.zeros(len(new))) + w
+            out.append(total[:execute] / weight[:execute, None])
+            shift = lambda x: np.concatenate([x[execute:], np.zeros_like(x[:execute])])
+            self.total[slot], self.weight[slot], self.age[slot] = shift(total), shift(weight), self.age.get(slot, 0) + execute
+        return np.stack(out)
+
+def wilson(successes, n, z=1.96):
+    """Wilson's 95 % interval of a success rate."""
+    p, centre = successes / n, (successes / n + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+def evaluate(args, variant, device):
+    """Roll out one variant; returns the record that eval_SUITE_VARIANT.json holds."""
+    agent = load_agent(args.out, variant, args.demos, device)
+    stem = Path(args.out, f"eval_{args.suite}_{variant}")
+    execute = min(args.execute or (1 if args.suite == "toy" else 8), agent.low.chunk)
+    settings = {k: v for k, v in vars(args).items() if k not in ("variant", "tasks", "episodes", "workers", "out", "device")} | dict(execute=execute)
+    settings["trained"] = os.path.getmtime(Path(args.out, f"policy_{variant}_{args.demos}.pt"))
+    log, done = stem.with_suffix(".jsonl"), {}
+    for line in log.read_text().splitlines() if log.exists() else []:
+        record = json.loads(line)
+        if record.pop("settings") == settings:
+            done[record["task"], record["episode"]] = record
+    wanted = [(t, e) for e in range(args.episodes) for t in args.tasks or range(10)]
+    jobs = sorted((j for j in wanted if j not in done), key=lambda j: j if args.suite != "toy" else 0)      # LIBERO: task by task, a scene is slow to build
+    films, begin, steps = {}, time.time(), 0
+    if jobs:
+        pool, ensemble = (ToyPool if args.suite == "toy" else LiberoPool)(jobs, args, agent.shape["size"]), Ensemble()
+        bar, left, ended = tqdm(total=len(jobs), desc=f"{args.suite} {variant}", disable=None), len(jobs), []
+        with open(log, "a") as file:
+            while left:
+                slots, frames, wrist, proprio, texts = pool.observe()
+                if len(slots):
+                    for slot, frame in zip(slots, frames):
+                        films.setdefault(slot, []).append(frame)
+                    ended = pool.execute(slots, ensemble(slots, agent.act(frames, wrist, proprio, texts), execute))
+                else:
+                    ended = pool.receive()
+                for slot, success, n in ended:
+                    record = dict(task=jobs[slot][0], episode=jobs[slot][1], success=success, steps=n)
+                    done[jobs[slot]] = record
+                    file.write(json.dumps(record | dict(settings=settings)) + "\n"), file.flush()
+                    left, steps = left - 1, steps + n
+                    keep(films.pop(slot), stem, "success" if success else "failure", args.suite != "toy")
+                    bar.update()
+        pool.close(), bar.close()
+    results = [done[j] for j in wanted]
+    per_task = {}
+    for t in args.tasks or range(10):
+        won = [r["success"] for r in results if r["task"] == t]
+        per_task[str(t)] = dict(success_rate=float(np.mean(won)), ci95=wilson(sum(won), len(won)), episodes=len(won))
+    wins, seconds = sum(r["success"] for r in results), time.time() - begin
+    record = dict(suite=args.suite, variant=variant, demos=args.demos, success_rate=wins / len(results), ci95=wilson(wins, len(results)), episodes=len(results),
+                  per_task=per_task, env_steps_per_second=steps / seconds if steps else None, seconds=seconds, settings=settings)
+    write(stem.with_suffix(".json"), record)
+    return record
+
+def keep(film, stem, outcome, upside_down):
+    """Save the first success and the first failure as GIFs, three times as large."""
+    path = Path(f"{stem}_{outcome}.gif")
+    if not path.exists():
+        images = [Image.fromarray(np.ascontiguousarray(f[::-1] if upside_down else f)) for f in film]
+        images = [i.resize((max(192, i.width),) * 2, Image.NEAREST) for i in images]
+        images[0].save(path, save_all=True, append_images=images[1:], duration=100 if not upside_down else 300, loop=0)
+
+def table(out, suite):
+    """Print every evaluation of this suite in the run folder; save the success of each task as bars."""
+    records = [json.loads(p.read_text()) for p in sorted(Path(out).glob(f"eval_{suite}_*.json"))]
+    print(f"\n{'suite':15} {'variant':14} {'demos a task':>12} {'success':>8}   {'95 % interval':14} episodes")
+    for r in records:
+        print(f"{r['suite']:15} {r['variant']:14} {r['demos']:>12} {r['success_rate']:8.2f}   [{r['ci95'][0]:.2f}, {r['ci95'][1]:.2f}]   {r['episodes']:8d}")
+
+def main():
+    args = get_args()
+    if args.suite not in SUITES:
+        fail(f"--suite {args.suite}: no such suite; there are {', '.join(SUITES)}")
+    for variant in args.variant:
+        if variant not in VARIANTS:
+            fail(f"--variant {variant}: no such variant; there are {', '.join(VARIANTS)}")
+    if args.tasks and not set(args.tasks) <= set(range(10)) or args.episodes < 1:
+        fail("--tasks are numbers from 0 to 9, and --episodes is at least 1")
+    device = setup(args)
+    if args.suite != "toy":
+        prepare_libero()
+    for variant in args.variant:
+        evaluate(args, variant, device)
+    table(args.out, args.suite)
+
+if __name__ == "__main__":
+    main()
