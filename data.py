@@ -4,8 +4,8 @@ What the four stages share: the packed dataset, the built-in toy world, the impo
 A packed dataset is a folder of flat arrays over all frames of all episodes, like nanoGPT's train.bin, and an episodes.json:
     frames.bin (T, H, W, 3) uint8      wrist.bin (T, H, W, 3) uint8      proprio.bin (T, P) float32      actions.bin (T, A) float32
     truth_*.bin   what the toy world or a scripted demonstrator knows (phase, motion, layout): for measuring only, never for training
-wrist, proprio and actions may be missing: a folder without actions is action-free video. Every stage memory-maps the arrays and adds
-one more array of the same length T, so frame t, its latent t, its skill t and its action t are the same row everywhere.
+All but frames may be missing: a folder without actions is action-free video. Every stage memory-maps the arrays and adds one more of the
+same length T, so frame t, its latent t, its skill t and its action t are the same row everywhere.
 
     python data.py toy    --out data/toy                                     # the built-in world, half a minute
     python data.py libero --src ~/LIBERO/datasets/libero_10 --out data/libero_10 --size 128
@@ -30,32 +30,25 @@ def fail(message):
 
 def write(path, content):
     """Write JSON, a numpy array, a picture or a checkpoint, by the path's ending; renamed when whole, so nobody ever sees half a file."""
-    tmp, kind = Path(f"{path}.tmp"), Path(path).suffix
-    with open(tmp, "wb") as file:
-        if kind == ".json":
-            file.write((json.dumps(content, indent=1) + "\n").encode())
-        elif kind == ".npy":
-            np.save(file, content)
-        elif kind == ".pt":
-            torch.save(content, file)
-        else:
-            content.save(file, format=kind[1:])
-    os.replace(tmp, path)
+    writers = {".json": lambda file: file.write(json.dumps(content, indent=1).encode()), ".npy": lambda file: np.save(file, content),
+               ".pt": lambda file: torch.save(content, file), ".png": lambda file: content.save(file, format="png")}
+    with open(f"{path}.tmp", "wb") as file:
+        writers[Path(path).suffix](file)
+    os.replace(f"{path}.tmp", path)
 
 def load_checkpoint(path, stage, finished=True):
     """A stage's checkpoint. Exits when it is missing, damaged, another stage's, or (if finished is asked for) not trained to its end."""
     script = f"{stage.split('_')[0]}.py"
-    if not Path(path).exists():
-        fail(f"{path} is missing: run `python {script}` with the same --out first")
     try:
         record = torch.load(path, map_location="cpu", weights_only=True)
         found, step, steps = record["stage"], record["step"], record["args"]["steps"]
+    except FileNotFoundError:
+        fail(f"{path} is missing: run `python {script}` with the same --out first")
     except Exception as error:
         fail(f"{path} is not a readable checkpoint of this project ({type(error).__name__})")
-    if found != stage:
-        fail(f"{path} is a checkpoint of {found}, not of {stage}")
-    if finished and step < steps:
-        fail(f"{path} stopped at step {step} of {steps}: run `python {script}` again to finish it")
+    if found != stage or finished and step < steps:
+        fail(f"{path} is a checkpoint of {found}, not of {stage}" if found != stage else
+             f"{path} stopped at step {step} of {steps}: run `python {script}` again to finish it")
     return record
 
 def load_weights(model, record, path):
@@ -85,15 +78,13 @@ class Packed:
         dtype, shape = np.dtype(self.arrays[key]["dtype"]), tuple(self.arrays[key]["shape"])
         file, need = self.path / f"{key}.bin", self.total * int(np.prod(shape)) * dtype.itemsize
         if not file.exists() or file.stat().st_size != need:
-            fail(f"{file}: {file.stat().st_size if file.exists() else 0} bytes, but episodes.json needs {need} for {self.total} frames")
+            fail(f"{file}: {file.stat().st_size if file.exists() else 0} bytes, but {self.total} frames by episodes.json need {need}")
         return np.memmap(file, dtype, "r", shape=(self.total,) + shape)
 
-    def truth(self, key):
-        """What the world knows (phase, motion, layout, actions), or None. For reports: training never calls this."""
+    def truth(self, key):                                                      # phase, motion, layout: for reports, never for training
         return self.open(f"truth_{key}")
 
-    def split(self, name):
-        """Indices of the episodes of split train or val. Where none is held out, val is all of them."""
+    def split(self, name):                                                     # where no episode is held out, val is all of them
         return np.array([i for i, e in enumerate(self.episodes) if e["split"] == name] or range(len(self.episodes)))
 
     def rows(self, episodes, gap=0):
@@ -118,23 +109,20 @@ def pack(out, episodes, total=None, upside_down=False, phases=PHASES):
         fail(f"{out} exists already: delete it or choose another --out")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
-    arrays, records, files, start = {}, [], {}, 0
+    arrays, records, start = {}, [], 0
     for text, task, split, episode in tqdm(episodes, str(out), total, disable=None):
-        length = len(episode["frames"])
         for key, value in episode.items():
-            if len(value) != length:
-                fail(f"{task}: {length} frames but {len(value)} rows of {key}")
+            if len(value) != len(episode["frames"]):
+                fail(f"{task}: {len(episode['frames'])} frames but {len(value)} rows of {key}")
             if value.dtype.kind == "f" and not np.isfinite(value).all():
                 fail(f"{task}: NaN or infinity in {key}")
             spec = dict(dtype=value.dtype.name, shape=list(value.shape[1:]))
             if arrays.setdefault(key, spec) != spec:
                 fail(f"{task}: {key} is {spec}, in other episodes {arrays[key]}")
-            files.setdefault(key, None) or files.update({key: open(tmp / f"{key}.bin", "wb")})
-            files[key].write(np.ascontiguousarray(value).tobytes())
-        records.append(dict(start=start, length=length, text=text, task=task, split=split))
-        start += length
-    for file in files.values():
-        file.close()
+            with open(tmp / f"{key}.bin", "ab") as file:
+                file.write(np.ascontiguousarray(value).tobytes())
+        records.append(dict(start=start, length=len(value), text=text, task=task, split=split))
+        start += len(value)
     write(tmp / "episodes.json", dict(arrays=arrays, upside_down=upside_down, phases=phases, episodes=records))
     os.replace(tmp, out)
     print(f"{out}: {len(records)} episodes, {start} frames, arrays {', '.join(arrays)}")
@@ -197,11 +185,10 @@ class ToyWorld:
         on = [np.abs(self.objects[rows, block] - self.objects[rows, 4 + tray]).max(-1) < TRAY_HALF for block, tray in ((a, s), (b, t))]
         return on[0] & on[1] & (self.held < 0)
 
-    def proprio(self):
-        return np.concatenate([self.hand, self.opening[:, None]], 1).astype(np.float32)        # (B, 3)
-
-    def frames(self):
-        return toy_render(self.hand, self.opening, self.objects, self.held, self.look, self.size)
+    def proprio(self):                                                         # (B, 3): x, y, opening
+        return np.concatenate([self.hand, self.opening[:, None]], 1).astype(np.float32)
+    def frames(self, rows=slice(None)):                                        # (B, size, size, 3) uint8, of these tables only
+        return toy_render(self.hand[rows], self.opening[rows], self.objects[rows], self.held[rows], self.look, self.size)
 
 def toy_render(hand, opening, objects, held, look, size):
     """Anti-aliased frames (B, size, size, 3) uint8 of B states, painted back to front."""
@@ -218,7 +205,6 @@ def toy_render(hand, opening, objects, held, look, size):
 
     for i, colour in enumerate(TRAYS.values()):
         paint(box(*objects[:, 4 + i].T, TRAY_HALF, TRAY_HALF), colour)
-        paint(box(*objects[:, 4 + i].T, TRAY_HALF - 0.025, TRAY_HALF - 0.025), np.multiply(colour, 0.85) + 0.06)
     for top in (False, True):                                                  # the held block lies above the others
         for i, colour in enumerate(BLOCKS.values()):
             paint(box(*objects[:, i].T, BLOCK_HALF, BLOCK_HALF) * ((held == i) == top)[:, None, None], colour)
@@ -252,13 +238,13 @@ def toy_demonstrate(look, goals, seed, size):
         rest = np.where((rest == 0) & (rng.random(n) < 0.012) & moving, rng.integers(2, 5, n), np.maximum(rest - 1, 0))
         turn = angle * np.minimum(1, distance / 0.15)
         heading = (away * np.cos(turn) + away[:, ::-1] * [-1, 1] * np.sin(turn)) / distance
-        pace = np.minimum(speed, 0.55 * distance / MAX_STEP + 0.05) * (rest == 0)[:, None]
+        pace = np.minimum(speed, 0.7 * distance / MAX_STEP + 0.1) * (rest == 0)[:, None]
         velocity = moving[:, None] * (0.4 * velocity + 0.6 * pace * heading)
         actions = np.concatenate([velocity, np.where((phase == 1) | (phase == 2), 1.0, -1.0)[:, None]], 1)
         state, proprio = (world.hand, world.opening, world.objects.copy(), world.held), world.proprio()
         world.step(actions)
         log.append(state + (alive, proprio, actions.astype(np.float32), world.proprio() - proprio, phase.astype(np.int8)))
-        still, shut = distance[:, 0] < 0.012, world.opening
+        still, shut = distance[:, 0] < 0.03, world.opening
         part = part + ((moving & still & (part < 8)) | (phase == 1) & (shut < 0.01) | (phase == 3) & (shut > 0.99))
         left, velocity = left - (phase == 4), velocity * ~(moving & still)[:, None]
         alive = alive & (left > 0)
@@ -280,9 +266,8 @@ def pack_toy(out, hand=880, demos=55, size=32, seed=0):
 # ---------------------------------------------------------------- importers
 def resize(frames, size):
     """(T, H, W, 3) uint8 -> (T, size, size, 3), antialiased."""
-    if frames.shape[1:3] == (size, size):
-        return frames
-    return np.stack([np.asarray(Image.fromarray(f).resize((size, size), Image.LANCZOS)) for f in frames])
+    small = lambda frame: np.asarray(Image.fromarray(frame).resize((size, size), Image.LANCZOS))
+    return frames if frames.shape[1:3] == (size, size) else np.stack([small(f) for f in frames])
 
 def libero_episodes(files, size, demos, keep_actions, val):
     """Episodes of LIBERO's official HDF5. There obs[j] was seen AFTER actions[j]: the action to learn from obs[j] is actions[j + 1]."""
@@ -301,8 +286,6 @@ def libero_episodes(files, size, demos, keep_actions, val):
                     episode |= dict(proprio=proprio, actions=actions) if keep_actions else {}
                     if phases:
                         episode["truth_phase"] = np.array([LIBERO_PHASES.index(phases[p]) for p in data[name]["phase"][:]], np.int8)
-                    if len({len(v) for v in episode.values()}) > 1:
-                        fail(f"{path}, {name}: arrays of different length: " + ", ".join(f"{k} {len(v)}" for k, v in episode.items()))
                     episode = {k: v[1:] if k.endswith("actions") else v[:-1] for k, v in episode.items()}
                     episode |= {k: resize(episode[k], size) for k in ("frames", "wrist")}
                     yield text, task, "val" if i >= len(names) - round(val * len(names)) else "train", episode
@@ -312,10 +295,9 @@ def libero_episodes(files, size, demos, keep_actions, val):
 def read_labels(path):
     """{video name: caption} from JSON or CSV with columns id (or file) and label (or text): Something-Something's label files work."""
     try:
-        raw = Path(path).read_text()
-        table = csv.DictReader(raw.splitlines(), delimiter=";" if ";" in raw.split("\n")[0] else ",")
-        rows = json.loads(raw) if path.endswith(".json") else table
-        rows = [dict(id=k, label=v) for k, v in rows.items()] if isinstance(rows, dict) else rows
+        raw = Path(path).read_text() if path else "[]"
+        delimiter = ";" if ";" in raw.split("\n")[0] else ","
+        rows = json.loads(raw) if not path or path.endswith(".json") else csv.DictReader(raw.splitlines(), delimiter=delimiter)
         return {Path(str(r.get("id", r.get("file")))).stem: str(r.get("label", r.get("text", ""))) for r in rows}
     except (OSError, ValueError, AttributeError) as error:
         fail(f"{path}: no label file with columns id and label ({type(error).__name__})")
@@ -327,15 +309,14 @@ def video_episodes(files, labels, size, stride, val):
         try:
             if path.is_dir():
                 names = sorted(f for f in path.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png"))
-                frames = [np.asarray(Image.open(f).convert("RGB").resize((size, size), Image.LANCZOS)) for f in names[::stride]]
+                frames = [np.asarray(Image.open(f).convert("RGB")) for f in names[::stride]]
             else:
                 with av.open(str(path)) as video:
                     frames = [f.to_ndarray(format="rgb24") for j, f in enumerate(video.decode(video=0)) if j % stride == 0]
             frames = resize(np.stack(frames), size)
         except (OSError, ValueError, IndexError) as error:                     # PyAV's errors are OSErrors and ValueErrors
             fail(f"{path}: unreadable video ({' '.join(str(error).split())[:100]})")
-        text = labels.get(path.stem, "")
-        yield text, text or path.stem, "val" if val and i % round(1 / val) == 0 else "train", dict(frames=frames)
+        yield labels.get(path.stem, ""), path.stem, "val" if val and i % round(1 / val) == 0 else "train", dict(frames=frames)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -353,18 +334,17 @@ def main():
     add("--seed", type=int, default=0, help="toy: seed of layouts and motion (default: %(default)s)")
     args = parser.parse_args()
     if args.kind == "toy":
+        if Path(args.out, "hand").exists() and Path(args.out, "robot").exists():
+            fail(f"{args.out} is packed already: delete it or choose another --out")
         return pack_toy(args.out, args.videos, args.demos or 55, args.size or 32, args.seed)
     src, endings = Path(args.src or ""), (".hdf5",) if args.kind == "libero" else (".webm", ".mp4", ".gif")
-    if not args.src or not src.is_dir():
-        fail(f"--src {args.src}: no such folder")
-    files = sorted(f for f in src.iterdir() if f.suffix.lower() in endings or args.kind == "video" and f.is_dir())
-    if not files:
-        fail(f"{src}: no {', '.join(endings)} files there")
+    files = sorted(f for f in src.iterdir() if f.suffix.lower() in endings or args.kind == "video" and f.is_dir()) if src.is_dir() else None
+    if not args.src or not files:
+        fail(f"--src {args.src}: " + ("no such folder" if not args.src or files is None else f"no {', '.join(endings)} files there"))
     if args.kind == "libero":
-        episodes = libero_episodes(files, args.size or 64, args.demos, args.actions == "keep", args.val)
-        return pack(args.out, episodes, upside_down=True, phases=LIBERO_PHASES)
-    labels = read_labels(args.labels) if args.labels else {}
-    pack(args.out, video_episodes(files, labels, args.size or 64, args.stride, args.val), len(files))
+        pack(args.out, libero_episodes(files, args.size or 64, args.demos, args.actions == "keep", args.val), None, True, LIBERO_PHASES)
+    else:
+        pack(args.out, video_episodes(files, read_labels(args.labels), args.size or 64, args.stride, args.val), len(files))
 
 if __name__ == "__main__":
     main()

@@ -9,8 +9,8 @@ cameras are rendered only when it decides, every --execute steps.
     python eval_libero.py                                                        # toy world: hilam and flat, 100 episodes each
     python eval_libero.py --suite libero_object --out out/libero_object --demos 5 --episodes 20
 
-Appends a line an episode to OUT/eval_SUITE_VARIANT.jsonl (a killed evaluation goes on from there); writes OUT/eval_SUITE_VARIANT.json and .png,
-and a GIF of a success and of a failure. Intervals are Wilson's, 95 %.
+Appends a line an episode to OUT/eval_SUITE_VARIANT.jsonl, from which a killed evaluation goes on; writes OUT/eval_SUITE_VARIANT.json, GIFs
+of a success and of a failure, and OUT/eval_SUITE.png, success by task. Intervals are Wilson's, 95 %.
 """
 import argparse, importlib.util, json, math, multiprocessing, os, time
 from ctypes.util import find_library
@@ -18,10 +18,10 @@ from multiprocessing.connection import wait
 from pathlib import Path
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 from data import TASKS, TOY_LIMIT, ToyWorld, fail, resize, toy_text, write
-from lam import draw_strip, setup
+from lam import setup
 from policy import VARIANTS, amount, load_agent
 
 SUITES = dict(toy=TOY_LIMIT, libero_spatial=220, libero_object=280, libero_goal=300, libero_10=520)     # the most steps of an episode
@@ -40,14 +40,14 @@ def get_args(argv=None):
     add("--max-steps", type=int, help="steps after which an episode has failed (default: the suite's)")
     add("--settle", type=int, default=10, help="LIBERO: steps of rest before the policy acts (default: %(default)s)")
     add("--workers", type=int, default=2, help="LIBERO: environments, one process each (default: %(default)s)")
-    add("--camera", type=int, default=128, help="LIBERO: rendered image side, resized to the policy's as the demonstrations were (default: %(default)s)")
+    add("--camera", type=int, default=128, help="LIBERO: side of the rendered images, resized to the policy's (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of the environments (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     return parser.parse_args(argv)
 
 # ---------------------------------------------------------------- the toy world as a pool of environments
 class ToyPool:
-    """All episodes at once. A pool has observe() -> the environments that wait for a decision, and execute(their actions) -> finished ones."""
+    """All episodes at once. A pool has observe() -> the environments that wait for a decision, execute(actions) -> those that ended."""
 
     def __init__(self, jobs, args, size):
         self.jobs, self.limit = jobs, args.max_steps or TOY_LIMIT
@@ -57,7 +57,7 @@ class ToyPool:
     def observe(self):
         """slots (indices into jobs), frames, wrist (None here), proprio, texts."""
         slots = np.flatnonzero(self.alive)
-        return slots, self.world.frames()[slots], None, self.world.proprio()[slots], [toy_text(TASKS[self.jobs[i][0]]) for i in slots]
+        return slots, self.world.frames(slots), None, self.world.proprio()[slots], [toy_text(TASKS[self.jobs[i][0]]) for i in slots]
 
     def execute(self, slots, actions):
         """actions (B, n, A): steps the world n times; returns a list of (slot, success, steps) of the episodes that ended."""
@@ -76,23 +76,23 @@ class ToyPool:
 
 # ---------------------------------------------------------------- LIBERO's environments, one process each
 def prepare_libero():
-    """Make `import libero.libero` safe: installed, rendering backend chosen, configuration written (LIBERO asks on the keyboard without it)."""
+    """Make `import libero.libero` safe: installed, a renderer chosen, configuration written (without it LIBERO asks on the keyboard)."""
     if importlib.util.find_spec("libero") is None or importlib.util.find_spec("robosuite") is None:
         fail(f"LIBERO's simulator is not installed; to install it: {INSTALL}")
     if "MUJOCO_GL" not in os.environ:
         backend = next((name for name, library in (("egl", "EGL"), ("osmesa", "OSMesa")) if find_library(library)), None)
         if backend is None:
-            fail("no headless OpenGL to render with: install libegl1 (NVIDIA driver or Mesa) or libosmesa6, e.g. apt-get install libegl1 libgl1-mesa-dri")
+            fail("no headless OpenGL to render with: install EGL (apt-get install libegl1 libgl1-mesa-dri) or OSMesa (libosmesa6)")
         os.environ["MUJOCO_GL"] = backend
     config = Path(os.environ.get("LIBERO_CONFIG_PATH", Path.home() / ".libero"), "config.yaml")
     if not config.exists():
         root = Path(list(importlib.util.find_spec("libero").submodule_search_locations)[0], "libero")
         config.parent.mkdir(parents=True, exist_ok=True)
-        folders = dict(benchmark_root=root, bddl_files=root / "bddl_files", init_states=root / "init_files", datasets=root / "datasets", assets=root / "assets")
-        config.write_text("".join(f"{key}: {folder}\n" for key, folder in folders.items()))
+        folders = dict(benchmark_root=".", bddl_files="bddl_files", init_states="init_files", datasets="datasets", assets="assets")
+        config.write_text("".join(f"{key}: {root / folder}\n" for key, folder in folders.items()))
 
 def worker(pipe, suite, args):
-    """One process, one environment at a time. Receives (task, episode) to start one or actions (n, 7) to run; sends observations and outcomes."""
+    """One process, one environment at a time. Receives (task, episode) or actions (n, 7); sends observations and outcomes."""
     try:
         import logging
         logging.disable(logging.WARNING)
@@ -102,12 +102,16 @@ def worker(pipe, suite, args):
         cameras = dict(frames="agentview_image", wrist="robot0_eye_in_hand_image")
 
         def look(o):
-            return dict(frames=o[cameras["frames"]], wrist=o[cameras["wrist"]], proprio=np.concatenate([o["robot0_joint_pos"], o["robot0_gripper_qpos"]]))
+            proprio = np.concatenate([o["robot0_joint_pos"], o["robot0_gripper_qpos"]])
+            return {key: o[name] for key, name in cameras.items()} | dict(proprio=proprio)
 
-        def run(actions, render=True):                             # cameras are switched on for the last step only
+        def cameras_on(on):                                        # set_enabled() would blank the image and restart its sampling clock
+            for name in cameras.values():
+                env.env._observables[name]._enabled = on
+
+        def run(actions):                                          # cameras are on for the last step only
             for i, action in enumerate(actions):
-                for name in cameras.values():
-                    env.env.modify_observable(name, "enabled", render and i == len(actions) - 1)
+                cameras_on(i == len(actions) - 1)
                 o, _, done, _ = env.step(action)
                 if done:
                     return o, True, i + 1
@@ -123,11 +127,13 @@ def worker(pipe, suite, args):
                 if number != current:
                     if env is not None:
                         env.close()
-                    env, current = OffScreenRenderEnv(bddl_file_name=os.path.join(get_libero_path("bddl_files"), task.problem_folder, task.bddl_file),
-                                                      camera_heights=args.camera, camera_widths=args.camera), number
-                safe = [(np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype, np.dtypes.Float64DType]
-                with torch.serialization.safe_globals(safe):
-                    states = torch.load(os.path.join(get_libero_path("init_states"), task.problem_folder, task.init_states_file), weights_only=True)
+                    bddl = os.path.join(get_libero_path("bddl_files"), task.problem_folder, task.bddl_file)
+                    env, current = OffScreenRenderEnv(bddl_file_name=bddl, camera_heights=args.camera, camera_widths=args.camera), number
+                    rebuild = (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct")
+                    with torch.serialization.safe_globals([rebuild, np.ndarray, np.dtype, np.dtypes.Float64DType]):      # pickled numpy
+                        file = os.path.join(get_libero_path("init_states"), task.problem_folder, task.init_states_file)
+                        states = torch.load(file, weights_only=True)
+                cameras_on(True)
                 env.seed(args.seed)                                # this order: seed, reset, then the fixed state
                 env.reset()
                 env.set_init_state(states[episode % len(states)])
@@ -144,7 +150,6 @@ def worker(pipe, suite, args):
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
     os._exit(0)                                                    # skips the simulator's noisy destructors
-
 
 class LiberoPool:
     """The same interface as ToyPool, over --workers processes (spawned: a simulator must not be forked)."""
@@ -200,7 +205,7 @@ class LiberoPool:
 
 # ---------------------------------------------------------------- rollouts
 class Ensemble:
-    """Temporal aggregation: the action of a step is the mean of all chunks that predicted it, older ones weighing more (ACT, BAKU: exp(-0.01 i))."""
+    """Temporal aggregation: a step's action is the mean of all chunks that predicted it, older ones heavier (ACT, BAKU: exp(-0.01 i))."""
 
     def __init__(self):
         self.total, self.weight, self.age = {}, {}, {}
@@ -227,15 +232,18 @@ def evaluate(args, variant, device):
     agent = load_agent(args.out, variant, args.demos, device)
     stem = Path(args.out, f"eval_{args.suite}_{variant}")
     execute = min(args.execute or (1 if args.suite == "toy" else 8), agent.low.chunk)
-    settings = {k: v for k, v in vars(args).items() if k not in ("variant", "tasks", "episodes", "workers", "out", "device")} | dict(execute=execute)
-    settings["trained"] = os.path.getmtime(Path(args.out, f"policy_{variant}_{args.demos}.pt"))
+    settings = {k: v for k, v in vars(args).items() if k not in ("variant", "tasks", "episodes", "workers", "out", "device")}
+    settings |= dict(execute=execute, trained=os.path.getmtime(Path(args.out, f"policy_{variant}_{args.demos}.pt")))     # which policy
     log, done = stem.with_suffix(".jsonl"), {}
-    for line in log.read_text().splitlines() if log.exists() else []:
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    if lines and not lines[-1].endswith("\n"):                                   # a kill cut the last line off
+        log.write_text("".join(lines := lines[:-1]))
+    for line in lines:
         record = json.loads(line)
         if record.pop("settings") == settings:
             done[record["task"], record["episode"]] = record
     wanted = [(t, e) for e in range(args.episodes) for t in args.tasks or range(10)]
-    jobs = sorted((j for j in wanted if j not in done), key=lambda j: j if args.suite != "toy" else 0)      # LIBERO: task by task, a scene is slow to build
+    jobs = sorted(j for j in wanted if j not in done)                            # task by task: a LIBERO scene is slow to build
     films, begin, steps = {}, time.time(), 0
     if jobs:
         pool, ensemble = (ToyPool if args.suite == "toy" else LiberoPool)(jobs, args, agent.shape["size"]), Ensemble()
@@ -263,8 +271,8 @@ def evaluate(args, variant, device):
         won = [r["success"] for r in results if r["task"] == t]
         per_task[str(t)] = dict(success_rate=float(np.mean(won)), ci95=wilson(sum(won), len(won)), episodes=len(won))
     wins, seconds = sum(r["success"] for r in results), time.time() - begin
-    record = dict(suite=args.suite, variant=variant, demos=args.demos, success_rate=wins / len(results), ci95=wilson(wins, len(results)), episodes=len(results),
-                  per_task=per_task, env_steps_per_second=steps / seconds if steps else None, seconds=seconds, settings=settings)
+    record = dict(suite=args.suite, variant=variant, demos=args.demos, success_rate=wins / len(results), ci95=wilson(wins, len(results)),
+                  episodes=len(results), per_task=per_task, env_steps_per_second=steps / seconds, seconds=seconds, settings=settings)
     write(stem.with_suffix(".json"), record)
     return record
 
@@ -277,11 +285,21 @@ def keep(film, stem, outcome, upside_down):
         images[0].save(path, save_all=True, append_images=images[1:], duration=100 if not upside_down else 300, loop=0)
 
 def table(out, suite):
-    """Print every evaluation of this suite in the run folder; save the success of each task as bars."""
+    """Print every evaluation of this suite in the run folder; draw success by task as bars."""
     records = [json.loads(p.read_text()) for p in sorted(Path(out).glob(f"eval_{suite}_*.json"))]
+    canvas = Image.new("RGB", (640, 20 + 130 * len(records)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, r in enumerate(records):
+        draw.text((10, 8 + 130 * i), f"{r['variant']}: {r['success_rate']:.2f}, and task by task", fill="black")
+        for t, v in r["per_task"].items():
+            x, y = 10 + 62 * int(t), 125 + 130 * i
+            draw.rectangle([x, y - 90, x + 50, y], outline="gray")
+            draw.rectangle([x, y - 90 * v["success_rate"], x + 50, y], fill="steelblue")
+    write(Path(out, f"eval_{suite}.png"), canvas)
     print(f"\n{'suite':15} {'variant':14} {'demos a task':>12} {'success':>8}   {'95 % interval':14} episodes")
     for r in records:
-        print(f"{r['suite']:15} {r['variant']:14} {r['demos']:>12} {r['success_rate']:8.2f}   [{r['ci95'][0]:.2f}, {r['ci95'][1]:.2f}]   {r['episodes']:8d}")
+        low, high = r["ci95"]
+        print(f"{r['suite']:15} {r['variant']:14} {r['demos']:>12} {r['success_rate']:8.2f}   [{low:.2f}, {high:.2f}]   {r['episodes']:8d}")
 
 def main():
     args = get_args()

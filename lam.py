@@ -1,16 +1,16 @@
 """
 Stage 1, the latent action model: from two frames of action-free video to the action between them.
 
-An inverse dynamics model (IDM) sees frame t and frame t+k and gives a small vector, the latent action z_t = f(I_t, I_{t+k}). A forward
-dynamics model (FDM) sees frame t and z_t and must draw frame t+k: I_{t+k} ~ g(I_t, z_t). Trained together on nothing but that drawing, z has
-to say what moved (HiLAM, arXiv 2603.05815, section 3.1; UniSkill, CoRL 2025). Two ways to fail are measured below: a z that is ignored, and
-a z that carries the future frame instead of the motion.
+An inverse dynamics model (IDM) sees frames t and t+k and gives a small vector, the latent action z_t = f(I_t, I_{t+k}). A forward dynamics
+model (FDM) sees frame t and z_t and must draw frame t+k: I_{t+k} ~ g(I_t, z_t). Trained together on nothing but that drawing, z has to say
+what moved (HiLAM, arXiv 2603.05815, section 3.1; UniSkill, CoRL 2025). Two ways to fail are measured below: a z that is ignored, and a z
+that carries the future frame instead of the motion.
 
-    python lam.py                                                    # toy world, about 3 minutes on two CPU cores
+    python lam.py                                                    # toy world, about 4 minutes on two CPU cores
     python lam.py --data data/libero_10 --out out/libero_10 --gap 10 --latent 32 --steps 4000
 
 Writes OUT/lam.pt, OUT/latents.SET.npy (T, latent) for every packed set, OUT/lam.json and OUT/lam.png.
-Expect on the toy world: FDM error near 0.1 of copying the current frame with the true latent, near 1 with a shuffled or a zero one.
+Expect on the toy world: FDM error near 0.15 of copying the current frame with the true latent, near 1 with a shuffled or a zero one.
 """
 import argparse, random, time
 from pathlib import Path
@@ -57,13 +57,14 @@ def get_lr(step, args):
     """Learning rate: linear warm-up over 100 steps, then a cosine down to a tenth (as in nanoGPT)."""
     return float(args.lr * min(1.0, (step + 1) / 100) * (0.55 + 0.45 * np.cos(np.pi * min(1.0, step / max(1, args.steps)))))
 
-def save_checkpoint(path, stage, args, step, model, optimizer, **more):
-    write(path, dict(stage=stage, args=vars(args), step=step, model=model.state_dict(), optimizer=optimizer.state_dict(), **more))
+def save_checkpoint(path, stage, args, step, model, optimizer, begin, **more):
+    record = dict(stage=stage, args=vars(args), step=step, model=model.state_dict(), optimizer=optimizer.state_dict())
+    write(path, record | dict(seconds=time.time() - begin) | more)
 
 def resume(path, stage, args, model, optimizer):
-    """The step to start from: 0, or where the checkpoint at path stopped; its weights and optimizer are then loaded."""
+    """Where to start: (0, now), or where the checkpoint at path stopped, its weights and optimizer loaded: (step, now - seconds spent)."""
     if not Path(path).exists():
-        return 0
+        return 0, time.time()
     record = load_checkpoint(path, stage, finished=False)
     for key in sorted(set(vars(args)) - NEUTRAL):
         if record["args"].get(key) != vars(args)[key]:
@@ -71,7 +72,11 @@ def resume(path, stage, args, model, optimizer):
     load_weights(model, record, path)
     optimizer.load_state_dict(record["optimizer"])
     print(f"{path}: trained already" if record["step"] >= args.steps else f"{path}: resuming at step {record['step']}")
-    return record["step"]
+    return record["step"], time.time() - record["seconds"]
+
+def upright(dataset, frames):
+    """Frames (B, H, W, 3) uint8 as a list of images for people to look at: LIBERO's are stored upside down."""
+    return [np.ascontiguousarray(f[::-1] if dataset.upside_down else f) for f in frames]
 
 def draw_strip(path, rows, marks={}):
     """Save rows of frames as one PNG. rows: list of (label, list of (H, W, 3) uint8); marks: {(row, column): colour of its frame}."""
@@ -91,7 +96,7 @@ def get_args(argv=None):
     add = parser.add_argument_group("latent action").add_argument
     add("--gap", type=int, default=1, help="k: frames between the two that the IDM sees (default: %(default)s; UniSkill on LIBERO: 20-40)")
     add("--latent", type=int, default=8, help="width of the latent action; UniSkill: 64 (default: %(default)s)")
-    add("--bottleneck", choices=["plain", "noise"], default="plain", help="noise adds N(0, 0.1) to the latent in training (default: %(default)s)")
+    add("--bottleneck", choices=["plain", "noise"], default="plain", help="noise adds N(0, 0.1) to z in training (default: %(default)s)")
     add("--wrist", action="store_true", help="the models also see and draw the wrist camera")
     add = parser.add_argument_group("model and optimizer").add_argument
     add("--width", type=int, default=32, help="channels of the first convolution; doubled twice (default: %(default)s)")
@@ -115,14 +120,36 @@ class ConvBlock(nn.Module):
             x = x * (1 + scale) + shift
         return F.silu(x)
 
+class Block(nn.Module):
+    """Pre-norm causal transformer block, (B, L, D) -> (B, L, D); attention fades with distance (ALiBi). It starts as the identity."""
+
+    def __init__(self, width, heads=4):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width, bias=False))
+        nn.init.zeros_(self.proj.weight), nn.init.zeros_(self.mlp[2].weight)        # so that the router first sees the latents as they are
+
+    def forward(self, x):
+        b, l, d = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(b, l, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        distance = torch.arange(l, device=x.device)[:, None] - torch.arange(l, device=x.device)
+        slope = 2.0 ** -torch.arange(1, self.heads + 1, device=x.device)[:, None, None]
+        bias = (-slope * distance).masked_fill(distance < 0, float("-inf")).to(q.dtype)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v, bias[None]).transpose(1, 2).reshape(b, l, d))
+        return x + self.mlp(self.norm2(x))
+
 class IDM(nn.Module):
-    """Inverse dynamics: z = f(I_t, I_{t+k}), (B, C, S, S) twice -> (B, latent). It is shown the difference, so that motion is easy to see."""
+    """Inverse dynamics: z = f(I_t, I_{t+k}), (B, C, S, S) twice -> (B, latent). It is shown the difference, four times
+    enlarged, and averages over the image, so that one motion gives one z wherever it happens."""
 
     def __init__(self, channels, size, latent, width):
         super().__init__()
         self.patch = size // 16                                          # frames become a 16 x 16 grid of patches, whatever their size
-        self.body = nn.Sequential(ConvBlock(2 * channels * self.patch ** 2, width), ConvBlock(width, 2 * width, 2), ConvBlock(2 * width, 4 * width, 2),
-                                  ConvBlock(4 * width, 2 * width), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, latent))
+        self.body = nn.Sequential(ConvBlock(2 * channels * self.patch ** 2, width), ConvBlock(width, 2 * width, 2),
+                                  ConvBlock(2 * width, 4 * width, 2), ConvBlock(4 * width, 2 * width),
+                                  nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, latent))
         self.norm = nn.LayerNorm(latent, elementwise_affine=False)       # UniSkill: the latent action is LayerNorm'ed, no VQ
 
     def forward(self, now, future):
@@ -151,7 +178,7 @@ class FDM(nn.Module):
         x = self.middle(x, z)
         for block, skip in zip(self.up, skips[1::-1]):
             x = block(torch.cat([F.interpolate(x, scale_factor=2), skip], 1), z)
-        return now + 0.1 * F.pixel_shuffle(self.out(self.last(x, z)), self.patch)
+        return now + 0.1 * F.pixel_shuffle(self.out(self.last(x, z)), self.patch)      # 0.1: changes are small, steps too
 
 class LAM(nn.Module):
     """IDM and FDM together. images(...) turns packed rows into the tensors that both take."""
@@ -167,7 +194,7 @@ def build(args, size):
     return LAM(6 if args["wrist"] else 3, size, args["latent"], args["width"])
 
 def images(dataset, rows, wrist, device):
-    """Rows of a packed dataset -> (B, 3, S, S) in [0, 1], or (B, 6, S, S) with the wrist camera; one vectorised gather from the mapped file."""
+    """Rows of a packed dataset -> (B, 3, S, S) in [0, 1], with the wrist camera (B, 6, S, S); one vectorised gather."""
     if wrist and dataset.wrist is None:
         fail(f"{dataset.path} has no wrist camera: leave --wrist out")
     x = np.concatenate([dataset.frames[rows], dataset.wrist[rows]], -1) if wrist else dataset.frames[rows]
@@ -232,16 +259,19 @@ def evaluate(model, sets, latents, args, device):
 @torch.no_grad()
 def draw(path, model, sets, latents, args, device):
     """The film strip: frames, true next frames, and the FDM's with the true, a shuffled and a zero latent; then hand to robot transfer."""
-    show = lambda d, x: [np.ascontiguousarray(f[::-1] if d.upside_down else f) for f in (x[:, :3].clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()]
+    show = lambda d, x: upright(d, (x[:, :3].clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy())
     strip, rng = [], np.random.default_rng(1)
     for dataset, z in zip(sets, latents):
-        rows = np.sort(rng.choice(dataset.rows(dataset.split("val"), args.gap), 8, replace=False))
+        rows = np.sort(rng.choice(dataset.rows(dataset.split("val"), args.gap), 8))
         now, future = (images(dataset, rows + gap, args.wrist, device) for gap in (0, args.gap))
         true = torch.from_numpy(z[rows]).to(device)
         strip += [(f"{dataset.name} t", show(dataset, now)), (f"t+{args.gap}", show(dataset, future))]
-        strip += [(f"FDM, {k} z", show(dataset, model.fdm(now, v))) for k, v in dict(true=true, shuffled=true.roll(1, 0), zero=true * 0).items()]
+        for name, v in dict(true=true, shuffled=true.roll(1, 0), zero=true * 0).items():
+            strip.append((f"FDM, {name} z", show(dataset, model.fdm(now, v))))
     if len(sets) > 1:                                                    # one latent of the first set, applied to every frame of the last
-        strip.append((f"{sets[0].name}'s z on {dataset.name}", show(dataset, model.fdm(now, torch.from_numpy(latents[0][sets[0].rows(sets[0].split("val"), args.gap)[[5]]]).expand(8, -1).to(device)))))
+        row = sets[0].rows(sets[0].split("val"), args.gap)[[0]]
+        moved = model.fdm(now, torch.from_numpy(latents[0][row]).expand(8, -1).to(device))
+        strip.append((f"{sets[0].name}'s z on {dataset.name}", show(dataset, moved)))
     draw_strip(path, strip)
 
 def main():
@@ -253,8 +283,9 @@ def main():
         fail(f"--gap {args.gap} is longer than every episode of a set")
     model = build(vars(args), sets[0].frames.shape[1]).to(device, memory_format=torch.channels_last)     # twice as fast on CPU
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)
-    first, begin, loading, seen = resume(path, "lam", args, model, optimizer), time.time(), 0.0, []
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {sum(map(len, index))} training pairs from {', '.join(s.name for s in sets)}")
+    (first, begin), loading, seen = resume(path, "lam", args, model, optimizer), 0.0, []
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{size:.2f} M parameters, {sum(map(len, index))} training pairs from {', '.join(s.name for s in sets)}")
     for step in tqdm(range(first, args.steps), "lam", initial=first, total=args.steps, disable=None):
         mark, rng = time.time(), step_rng(args.seed, step)
         now, future = get_batch(sets, index, args, rng, device)
@@ -271,17 +302,17 @@ def main():
         optimizer.step()
         seen.append(loss.item())
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
-            speed = (step + 1 - first) * len(now) / (time.time() - begin)
-            tqdm.write(f"step {step + 1:6d}  error/copy {np.mean(seen[-args.log_every:]):.4f}  {speed:.0f} frames/s  loading {100 * loading / (time.time() - begin):.0f} %")
+            speed, share = (step + 1) * len(now) / (time.time() - begin), 100 * loading / (time.time() - begin)
+            tqdm.write(f"step {step + 1:6d}  error/copy {np.mean(seen[-args.log_every:]):.4f}  {speed:.0f} frames/s  loading {share:.0f} %")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            save_checkpoint(path, "lam", args, step + 1, model, optimizer)
+            save_checkpoint(path, "lam", args, step + 1, model, optimizer, begin)
     latents = [encode(model, s, args, device) for s in sets]
     for dataset, z in zip(sets, latents):
         write(Path(args.out, f"latents.{dataset.name}.npy"), z)
     figures = evaluate(model, sets, latents, args, device) | dict(seconds=time.time() - begin)
     write(Path(args.out, "lam.json"), figures)
     draw(Path(args.out, "lam.png"), model, sets, latents, args, device)
-    print("  ".join(f"{k} {np.round(v, 3)}" for k, v in figures.items()))
+    print("  ".join(f"{k} {np.round(v, 3)}" for k, v in figures.items() if v is not None))
 
 if __name__ == "__main__":
     main()

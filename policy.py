@@ -10,7 +10,7 @@ Both have BAKU's architecture (NeurIPS 2024), smaller: an image encoder with FiL
 proprio and ACTION, a causal transformer, read at the ACTION token; actions come in chunks. The flat baseline is the same network with the
 text as its condition, no pretraining, and the same labelled data, steps, batch and augmentation.
 
-    python policy.py                                        # toy world: hilam and flat on 10 % of the demonstrations, about 7 minutes on two cores
+    python policy.py                          # toy world: hilam and flat on 10 % of the demonstrations, 7 minutes on two CPU cores
     python policy.py --variant flat --demos 5 --data data/libero_object --out out/libero_object --steps 4000
 
 Writes OUT/policy_pretrain_SKILL_ACTION.pt, OUT/policy_VARIANT_DEMOS.pt, OUT/policy.json and OUT/policy.png (true and predicted actions).
@@ -24,20 +24,21 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 from data import fail, load_checkpoint, load_weights, open_sets, write
-from lam import ConvBlock, get_lr, resume, save_checkpoint, setup, stage_parser, step_rng
-from skills import Block, load_latents
+from lam import Block, ConvBlock, get_lr, resume, save_checkpoint, setup, stage_parser, step_rng
+from skills import load_latents
 
 # variant: (stage of the skill that the high level predicts, stage of the vectors on which the acting level is pretrained); None: not there.
 # The rows of the paper's Table 1; stage 0 is the latent action itself.
-VARIANTS = dict(hilam=(2, 0), flat=(None, None), hilam_z1_z0=(1, 0), hilam_z2_z1=(2, 1), flat_z0=(None, 0), flat_z2=(None, 2), hilam_scratch=(2, None))
-WORDS, LONGEST = 1024, 32                                          # buckets that words are hashed into; words of a sentence
+VARIANTS = {"hilam": (2, 0), "hilam_z1_z0": (1, 0), "hilam_z2_z1": (2, 1), "hilam_scratch": (2, None),
+            "flat": (None, None), "flat_z0": (None, 0), "flat_z2": (None, 2)}
+WORDS, LONGEST = 4096, 32                                          # buckets that words are hashed into; most words of a sentence
 
 def get_args(argv=None):
     parser = stage_parser(__doc__, steps=1500)
     add = parser.add_argument_group("experiment").add_argument
-    add("--variant", nargs="+", choices=VARIANTS, default=["hilam", "flat"], metavar="NAME", help=f"what to train: {', '.join(VARIANTS)} (default: hilam flat)")
-    add("--demos", type=amount, default=0.1, help="labelled demonstrations a task: a count (5) or, with a point, a share (0.1, 1.0) (default: %(default)s)")
-    add("--pretrain-steps", type=int, default=1500, help="steps of pretraining; --steps counts fine-tuning (default: %(default)s)")
+    add("--variant", nargs="+", choices=VARIANTS, default=["hilam", "flat"], help="what to train (default: hilam flat)")
+    add("--demos", type=amount, default=0.1, help="labelled demonstrations a task: a count (5) or a share (0.1) (default: %(default)s)")
+    add("--pretrain-steps", type=int, default=2000, help="steps of pretraining; --steps counts fine-tuning (default: %(default)s)")
     add("--video", nargs="+", help="names of the packed sets to pretrain on, of those in --data (default: all)")
     add = parser.add_argument_group("model and optimizer").add_argument
     add("--chunk", type=int, default=10, help="actions predicted at once; 10 in BAKU (default: %(default)s)")
@@ -58,40 +59,37 @@ def amount(text):
 
 # ---------------------------------------------------------------- models
 def tokenize(texts):
-    """Sentences -> (B, 32) int64: every word hashed into one of 1,024 buckets, 0 is padding. No vocabulary to build or to lose."""
-    out = np.zeros((len(texts), LONGEST), np.int64)
+    """Sentences -> (B, 64) int64: each word, and each word with its place, hashed into a bucket; 0 is padding. No vocabulary to build or lose."""
+    out = np.zeros((len(texts), 2 * LONGEST), np.int64)
     for row, text in zip(out, texts):
-        words = [1 + zlib.crc32(w.encode()) % WORDS for w in text.lower().split()][:LONGEST]
-        row[:len(words)] = words
+        for i, word in enumerate(text.lower().split()[:LONGEST]):
+            row[2 * i:2 * i + 2] = [1 + zlib.crc32(key.encode()) % WORDS for key in (word, f"{i} {word}")]
     return torch.from_numpy(out)
 
 class TextEncoder(nn.Module):
-    """A small transformer over words, (B, 32) int64 -> (B, width). Stands in for the paper's T5."""
+    """Mean of the embeddings of words and of placed words, then two layers: (B, 64) int64 -> (B, width). Stands in for the paper's T5."""
 
     def __init__(self, width):
         super().__init__()
-        self.word, self.place = nn.Embedding(WORDS + 1, width), nn.Parameter(0.5 * torch.randn(LONGEST, width))
-        self.block, self.out = Block(width), nn.Linear(width, width)
+        self.words = nn.EmbeddingBag(WORDS + 1, width, mode="mean", padding_idx=0)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, tokens):
-        unique, index = tokens.unique(dim=0, return_inverse=True)
-        used = (unique > 0).float()[..., None]
-        x = self.block(self.word(unique) + self.place)
-        return self.out((x * used).sum(1) / used.sum(1).clamp_min(1))[index]
+        return self.mlp(2 * self.words(tokens))
 
 class Policy(nn.Module):
     """One level: images and a condition vector -> a chunk of vectors.
 
-    images (B, cameras, 3, S, S), condition (B, condition), proprio (B, P) or None -> (B, chunk, out). Tokens: condition, cameras, proprio, ACTION."""
+    images (B, cameras, 3, S, S), condition (B, condition), proprio (B, P) or None -> (B, chunk, out)."""
 
     def __init__(self, size, cameras, proprio, condition, out, chunk, args):
         super().__init__()
-        w, c, self.patch, self.chunk = args.width, args.channels, size // 16, chunk
+        w, c, self.patch, self.chunk, self.cameras = args.width, args.channels, size // 16, chunk, cameras
         self.condition = nn.Sequential(nn.Linear(condition, w), nn.SiLU(), nn.Linear(w, w))
         self.conv = nn.ModuleList([ConvBlock(3 * self.patch ** 2 + 2, c, 1, w), ConvBlock(c, 2 * c, 2, w), ConvBlock(2 * c, 2 * c, 1, w)])
         self.image = nn.Sequential(nn.Linear(6 * c, w), nn.SiLU(), nn.Linear(w, w))          # one encoder for all cameras, as in BAKU
-        self.proprio, self.no_proprio = nn.Sequential(nn.Linear(max(1, proprio), w), nn.SiLU(), nn.Linear(w, w)), nn.Parameter(torch.zeros(w))
-        self.no_camera, self.cameras = nn.Parameter(torch.zeros(w)), cameras                 # human video has no wrist camera, and no proprio
+        self.proprio = nn.Sequential(nn.Linear(max(1, proprio), w), nn.SiLU(), nn.Linear(w, w))
+        self.no_proprio, self.no_camera = nn.Parameter(torch.zeros(w)), nn.Parameter(torch.zeros(w))         # human video has neither
         self.action, self.kind = nn.Parameter(0.02 * torch.randn(w)), nn.Parameter(0.02 * torch.randn(cameras + 3, w))
         self.blocks, self.norm, self.head = nn.Sequential(*[Block(w) for _ in range(args.layers)]), nn.RMSNorm(w), nn.Linear(w, chunk * out)
 
@@ -103,8 +101,8 @@ class Policy(nn.Module):
         x = torch.cat([x, place, place.transpose(2, 3)], 1)
         for block in self.conv:
             x = block(x, condition.repeat_interleave(cameras, 0))
-        at = x.flatten(2).softmax(-1).view_as(x)                                             # spatial softmax (Levine et al. 2016): where each
-        line = torch.linspace(-1, 1, x.shape[-1], device=x.device)                           # channel looks, so that a token can hold places
+        at = (4 * x.flatten(2)).softmax(-1).view_as(x)                                       # spatial softmax (Levine et al. 2016),
+        line = torch.linspace(-1, 1, x.shape[-1], device=x.device)                           # sharpened: where each channel looks
         x = torch.cat([at.sum(2) @ line, at.sum(3) @ line, x.mean((2, 3))], 1)               # (B * cameras, 6 c)
         x = torch.cat([self.image(x).view(b, cameras, -1), self.no_camera.expand(b, self.cameras - cameras, -1)], 1)
         body = self.no_proprio.expand(b, -1) if proprio is None else self.proprio(proprio)
@@ -166,7 +164,8 @@ class Labels:
         proprio = None if d.proprio is None else torch.from_numpy(d.proprio[rows]).to(device)
         target, mask = self.target[np.minimum(t, d.total - 1)], t <= self.last[rows][:, None]
         skill = None if self.skill is None else torch.from_numpy(self.skill[rows]).to(device)
-        return images, self.tokens[self.episode[rows]].to(device), proprio, torch.from_numpy(target).to(device), torch.from_numpy(mask).to(device), skill
+        target, mask = torch.from_numpy(target).to(device), torch.from_numpy(mask).to(device)
+        return images, self.tokens[self.episode[rows]].to(device), proprio, target, mask, skill
 
 def augment(images):
     """The same for every variant: each camera shifted by up to a 16th of its side, edges repeated, and brightness scaled by +-10 %."""
@@ -189,7 +188,10 @@ def load_stage(dataset, out, stage):
     path = Path(out, f"skills{stage}.{dataset.name}.npy")
     if not path.exists():
         fail(f"{path} is missing: run `python skills.py` with the same --data and --out first")
-    return np.load(path)
+    vectors = np.load(path)
+    if len(vectors) != dataset.total:
+        fail(f"{path}: {len(vectors)} skills for {dataset.total} frames: run `python skills.py` again")
+    return vectors
 
 def chosen_demos(dataset, demos):
     """Training episodes to use: the first `demos` of every task, or that share of them when it is a float (at least one)."""
@@ -204,10 +206,10 @@ def l1(prediction, target, mask):
     return ((prediction - target).abs().mean(-1) * mask).sum() / mask.sum().clamp_min(1)
 
 def train(agent, labels, args, path, stage, device, objective):
-    """The loop of both phases. objective(batch) -> dict of losses, whose sum is descended. Returns the last interval's means and the seconds."""
+    """The loop of both phases. objective(batch) -> dict of losses, whose sum is descended. Returns the last means and the seconds."""
     parameters = [p for p in agent.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=1e-3)
-    first, begin, seen, mean = resume(path, stage, args, agent, optimizer), time.time(), [], {}
+    (first, begin), seen, mean = resume(path, stage, args, agent, optimizer), [], {}
     share = -(-args.batch // len(labels))
     for step in tqdm(range(first, args.steps), path.stem, initial=first, total=args.steps, disable=None):
         rng = step_rng(args.seed, step)
@@ -223,10 +225,10 @@ def train(agent, labels, args, path, stage, device, objective):
         seen.append({k: np.mean([r[k].item() for r in records]) for k in records[0]})
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
             mean = {k: float(np.mean([s[k] for s in seen[-args.log_every:]])) for k in seen[-1]}
-            speed = (step + 1 - first) * args.batch / (time.time() - begin)
+            speed = (step + 1) * args.batch / (time.time() - begin)
             tqdm.write(f"{path.stem} step {step + 1:6d}  " + "  ".join(f"{k} {v:.3f}" for k, v in mean.items()) + f"  {speed:.0f} frames/s")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            save_checkpoint(path, stage, args, step + 1, agent, optimizer, shape=agent.shape)
+            save_checkpoint(path, stage, args, step + 1, agent, optimizer, begin, shape=agent.shape)
     return mean, time.time() - begin
 
 def pretrain(args, sets, skill, action, device):
@@ -242,7 +244,8 @@ def pretrain(args, sets, skill, action, device):
     labels = [Labels(s, s.split("train"), t, k, gap) for s, t, k in zip(video, targets, skills)]
     shape = data_shape(sets) | dict(target=targets[0].shape[1], skill=skills[0].shape[1] if skill else 0)
     shape["high_cameras"] = 1 + all(s.wrist is not None for s in video)
-    own = argparse.Namespace(**{k: v for k, v in vars(args).items() if k not in ("variant", "demos", "pretrain_steps")} | dict(steps=args.pretrain_steps))
+    own = {k: v for k, v in vars(args).items() if k not in ("variant", "demos", "pretrain_steps")}           # what pretraining depends on
+    own = argparse.Namespace(**own | dict(steps=args.pretrain_steps))
     agent = Agent(shape, args).to(device)
 
     def objective(images, tokens, proprio, target, mask, label):
@@ -252,10 +255,10 @@ def pretrain(args, sets, skill, action, device):
         latent = l1(agent(images, tokens, None, predicted.detach()), target, mask)
         return dict(skill=l1(predicted[:, None], label[:, None], torch.ones_like(mask[:, :1])), latent=latent)
 
-    return agent, path.stem, train(agent, labels, own, path, "policy_pretrain", device, objective)
+    return agent, path.stem, *train(agent, labels, own, path, "policy_pretrain", device, objective)
 
 def finetune(args, variant, sets, pretrained, device):
-    """The acting level on labelled demonstrations; the high level stays as pretraining left it (without pretraining it is trained along)."""
+    """The acting level on labelled demonstrations. The high level stays as pretraining left it; without pretraining it is trained along."""
     labelled = [s for s in sets if s.actions is not None]
     if not labelled:
         fail("none of the packed sets has actions: there is nothing to fine-tune on")
@@ -263,7 +266,7 @@ def finetune(args, variant, sets, pretrained, device):
     for s in labelled:
         if not np.isfinite(s.actions).all():
             fail(f"{s.path}: NaN or infinity in actions")
-    used = [np.concatenate([a[s.rows(e)] for s, e in zip(labelled, episodes) for a in [getattr(s, key)]]) for key in ("proprio", "actions")]
+    used = [np.concatenate([getattr(s, key)[s.rows(e)] for s, e in zip(labelled, episodes)]) for key in ("proprio", "actions")]
     low, high = used[1].min(0), used[1].max(0)
     mean, scale = (low + high) / 2, np.maximum((high - low) / 2, 1e-3)           # actions in [-1, 1]
     labels = [Labels(s, e, ((s.actions - mean) / scale).astype(np.float32)) for s, e in zip(labelled, episodes)]
@@ -277,9 +280,8 @@ def finetune(args, variant, sets, pretrained, device):
     for key, value in dict(proprio_mean=used[0].mean(0), proprio_scale=used[0].std(0) + 1e-3, target_mean=mean, target_scale=scale).items():
         getattr(agent, key).copy_(torch.from_numpy(value))
     own = argparse.Namespace(**vars(args) | dict(variant=variant))
-    result = train(agent, labels, own, Path(args.out, f"{name}.pt"), "policy", device, lambda images, tokens, proprio, target, mask, _: dict(
-        action=l1(agent(images, tokens, proprio), target, mask)))
-    return agent, name, result
+    objective = lambda images, tokens, proprio, target, mask, _: dict(action=l1(agent(images, tokens, proprio), target, mask))
+    return agent, name, *train(agent, labels, own, Path(args.out, f"{name}.pt"), "policy", device, objective)
 
 def data_shape(sets):
     """What the models must know of the data: frame size, cameras, width of proprio."""
@@ -304,7 +306,8 @@ def held_out(agents, sets, args, device):
         total = []
         for e in dataset.split("val")[:20]:
             r = np.arange(dataset.start[e], dataset.start[e] + dataset.length[e])
-            out = agent.act(dataset.frames[r], None if dataset.wrist is None else dataset.wrist[r], dataset.proprio[r], [dataset.episodes[e]["text"]] * len(r))[:, 0]
+            wrist = None if dataset.wrist is None else dataset.wrist[r]
+            out = agent.act(dataset.frames[r], wrist, dataset.proprio[r], [dataset.episodes[e]["text"]] * len(r))[:, 0]
             total.append((np.abs(out - dataset.actions[r]), np.abs(dataset.actions[r] - dataset.actions[r].mean(0))))
             curves.setdefault(name, out)
         errors[name] = float(np.concatenate([a for a, _ in total]).mean() / np.concatenate([b for _, b in total]).mean())
@@ -312,7 +315,8 @@ def held_out(agents, sets, args, device):
     curves["demonstration"] = dataset.actions[dataset.start[e]:dataset.start[e] + dataset.length[e]]
     canvas = Image.new("RGB", (900, 20 + 90 * dataset.actions.shape[1]), "white")
     draw = ImageDraw.Draw(canvas)
-    for c, (name, curve) in zip(("orange", "steelblue", "green", "purple", "brown", "gray", "red")[:len(agents)] + ("black",), curves.items()):
+    colours = ["black", "orange", "steelblue", "green", "purple", "brown", "gray", "red"]
+    for c, (name, curve) in zip(colours, reversed(curves.items())):
         draw.text((10 + 180 * list(curves).index(name), 4), name, fill=c)
         for d in range(curve.shape[1]):
             span = np.ptp(dataset.actions[:, d]) + 1e-6
@@ -327,14 +331,16 @@ def main():
     figures = json.loads(report.read_text()) if report.exists() else dict(losses={}, seconds={}, held_out_error={})
     pretrained, agents = {}, {}
     for variant in args.variant:
-        pair = skill, action = VARIANTS[variant]
-        if action is not None and pair not in pretrained:
-            torch.manual_seed(args.seed)
-            pretrained[pair] = pretrain(args, sets, skill, action, device)
-        for agent, name, (losses, seconds) in [pretrained[pair]] * (action is not None) + [finetune(args, variant, sets, pretrained.get(pair, [None])[0], device)]:
-            if losses:
+        pair, base = VARIANTS[variant], None
+        if pair[1] is not None:
+            if pair not in pretrained:
+                torch.manual_seed(args.seed)
+                pretrained[pair] = pretrain(args, sets, *pair, device)
+            base = pretrained[pair][0]
+        agents[variant], *_ = finished = finetune(args, variant, sets, base, device)
+        for _, name, losses, seconds in ([pretrained[pair]] if base else []) + [finished]:
+            if losses:                                                           # empty when nothing was left to train
                 figures["losses"][name], figures["seconds"][name] = losses, seconds
-        agents[name] = agent.eval()
     figures["held_out_error"] |= held_out(agents, sets, args, device)
     write(report, figures)
     print("held-out action error / predicting the mean: " + "  ".join(f"{k} {v:.3f}" for k, v in figures["held_out_error"].items()))

@@ -25,15 +25,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
+from sklearn.cluster import KMeans
+from sklearn.metrics import normalized_mutual_info_score
 import lam
 from data import fail, load_checkpoint, load_weights, open_sets, write
-from lam import draw_strip, get_lr, resume, save_checkpoint, setup, stage_parser, step_rng
+from lam import Block, draw_strip, get_lr, resume, save_checkpoint, setup, stage_parser, step_rng, upright
 
 def get_args(argv=None):
-    parser = stage_parser(__doc__, steps=1000)
+    parser = stage_parser(__doc__, steps=600)
     add = parser.add_argument_group("H-Net").add_argument
     add("--chunk", type=float, nargs="+", default=[12, 3], help="N: target length of a chunk, one number a stage (default: %(default)s)")
-    add("--width", type=int, nargs="+", default=[64], help="vector width, one number for all stages or one a stage, growing (default: %(default)s)")
+    add("--width", type=int, nargs="+", default=[64], help="vector width: one, or one a stage and one on top (default: %(default)s)")
     add("--layers", type=int, default=1, help="blocks in every encoder, decoder and the top network (default: %(default)s)")
     add = parser.add_argument_group("loss and optimizer").add_argument
     add("--rec", type=float, default=0.1, help="weight of the frame reconstruction loss; 0 switches it off (default: %(default)s)")
@@ -56,20 +58,20 @@ def ste(c):
     return c + (1 - c).detach()
 
 def route(q, k, mask):
-    """Boundary probability and boundaries from projected vectors q, k (B, L, D) (H-Net, eq. 4). The first position always is one, padding never."""
+    """Boundary probability and boundaries, (B, L), from q, k (B, L, D) (H-Net, eq. 4). The first position is always one, padding never."""
     p = (1 - F.cosine_similarity(q[:, :-1], k[:, 1:], dim=-1)) / 2
-    p = torch.cat([torch.ones_like(p[:, :1]), p], 1)                                # (B, L)
+    p = torch.cat([p.new_ones(len(p), 1), p], 1)                                    # (B, L)
     return p, (p >= 0.5) & mask
 
 def chunk(h, boundary):
-    """Keep the vectors at boundaries: (B, L, D) -> (B, M, D), mask (B, M), and the position of each kept one (B, M); M = most chunks of a row."""
+    """Keep the vectors at boundaries: (B, L, D) -> (B, M, D), mask (B, M), and where each stood (B, M); M = most chunks of a row."""
     count = boundary.sum(1)
     position = (~boundary).int().argsort(dim=1, stable=True)[:, :int(count.max())]      # boundaries first, in order
     mask = torch.arange(position.shape[1], device=h.device) < count[:, None]
     return h.gather(1, position[..., None].expand(-1, -1, h.shape[-1])), mask, position
 
 def dechunk(x, p, boundary, position):
-    """Smooth the chunks and spread them over their positions: y_m = (1 - p_m) y_{m-1} + p_m x_m; out_t = y of t's chunk (H-Net, eq. 5 and 9).
+    """Smooth the chunks and spread them over their positions: y_m = (1 - p_m) y_{m-1} + p_m x_m; out_t = y of t's chunk (H-Net, eq. 5, 9).
 
     x (B, M, D), p and boundary (B, L) -> (B, L, D). The recurrence is a product with the lower-triangular matrix
     W_mn = p_n prod_{j=n+1..m} (1 - p_j), built in log space."""
@@ -85,33 +87,14 @@ def ratio_loss(boundary, p, mask, n):
     return n / (n - 1) * ((n - 1) * f * g + (1 - f) * (1 - g)), f, g
 
 # ---------------------------------------------------------------- network
-class Block(nn.Module):
-    """Pre-norm causal transformer block, (B, L, D) -> (B, L, D); distance is a linear penalty on attention (ALiBi). Starts as the identity."""
-
-    def __init__(self, width, heads=4):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.qkv, self.proj = nn.RMSNorm(width), nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.norm2, self.mlp = nn.RMSNorm(width), nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width, bias=False))
-        nn.init.zeros_(self.proj.weight), nn.init.zeros_(self.mlp[2].weight)        # METHOD: a router must first see the latents as they are
-
-    def forward(self, x):
-        b, l, d = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(b, l, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        distance = torch.arange(l, device=x.device)[:, None] - torch.arange(l, device=x.device)
-        slope = 2.0 ** -torch.arange(1, self.heads + 1, device=x.device)[:, None, None]
-        bias = (-slope * distance).masked_fill(distance < 0, float("-inf")).to(q.dtype)
-        x = x + self.proj(F.scaled_dot_product_attention(q, k, v, bias[None]).transpose(1, 2).reshape(b, l, d))
-        return x + self.mlp(self.norm2(x))
-
 class Stage(nn.Module):
-    """One H-Net stage around a main network, which is again a Stage or at the top a stack of blocks. widths: of this stage and those above."""
+    """One H-Net stage around its main network: again a Stage, or at the top a stack of blocks. widths: of this stage and those above."""
 
     def __init__(self, widths, stages, layers):
         super().__init__()
         d = widths[0]
         blocks = lambda n, width: nn.Sequential(*[Block(width) for _ in range(n)])
-        self.encoder, self.decoder = nn.Sequential(*blocks(layers, d), nn.RMSNorm(d, elementwise_affine=False)), blocks(layers, d)
+        self.encoder, self.decoder = blocks(layers, d).append(nn.RMSNorm(d, elementwise_affine=False)), blocks(layers, d)
         self.q, self.k, self.residual = (nn.Linear(d, d, bias=False) for _ in range(3))
         nn.init.eye_(self.q.weight), nn.init.eye_(self.k.weight), nn.init.zeros_(self.residual.weight)
         self.pad = nn.Parameter(torch.zeros(widths[1] - d)) if widths[1] > d else None     # H-Net widens by appending a learned vector
@@ -130,12 +113,12 @@ class Stage(nn.Module):
         return self.decoder(out), [Routing(p, boundary, mask, h)] + above
 
 class HNet(nn.Module):
-    """Next-latent prediction through chunking stages: z (B, L, latent) standardised, mask (B, L) -> prediction of z_{t+1} at t, routings."""
+    """Standardised latents z (B, L, latent), mask (B, L) -> at t a prediction of z_{t+1}, and the routings of all stages."""
 
     def __init__(self, latent, widths, stages, layers):
         super().__init__()
         self.embed, self.head = nn.Linear(latent, widths[0], bias=False), nn.Linear(widths[0], latent)
-        nn.init.orthogonal_(self.embed.weight)                                       # keeps the angles between latents, which the router compares
+        nn.init.orthogonal_(self.embed.weight)                                      # keeps the angles that the router compares
         self.stage, self.norm = Stage(widths + widths[-1:], stages, layers), nn.RMSNorm(widths[0])
 
     def forward(self, z, mask):
@@ -143,16 +126,15 @@ class HNet(nn.Module):
         return self.head(self.norm(y)), routings
 
 def frame_rate(routings):
-    """Boundaries of every stage at frame rate, list of (B, L) bool, and the skill of every frame, list of (B, L, D) (HiLAM: k_t = cumsum b)."""
+    """Every stage at frame rate: boundaries, list of (B, L) bool, and every frame's skill, list of (B, L, D) (HiLAM: k_t = cumsum b)."""
     boundaries, skills = [], []
-    inner = torch.ones_like(routings[0].boundary)                                    # positions of this stage, at frame rate
+    inner = torch.ones_like(routings[0].boundary)                                   # the frames at which this stage has a position
     for r in routings:
-        rank = (inner.long().cumsum(1) - 1).clamp_min(0)                             # which position of this stage a frame belongs to
+        rank = (inner.long().cumsum(1) - 1).clamp_min(0)                            # which position of this stage a frame belongs to
         inner = inner & r.boundary.gather(1, rank)
-        first = torch.where(inner, torch.arange(inner.shape[1], device=inner.device), 0).cummax(1).values    # where a frame's segment began
-        index = rank.gather(1, first)
+        begin = torch.where(inner, torch.arange(inner.shape[1], device=inner.device), 0).cummax(1).values     # where its segment began
         boundaries.append(inner)
-        skills.append(r.token.gather(1, index[..., None].expand(-1, -1, r.token.shape[-1])))
+        skills.append(r.token.gather(1, rank.gather(1, begin)[..., None].expand(-1, -1, r.token.shape[-1])))
     return boundaries, skills
 
 # ---------------------------------------------------------------- data
@@ -168,15 +150,16 @@ def load_latents(dataset, out):
 
 def get_batch(sets, latents, gap, count, window, rng, episodes):
     """Random stretches of episodes: z (B, L, D), mask (B, L), their rows in the packed sets (B, L), and which set each is from (B,)."""
-    z, mask, rows, source = [], [], [], []
+    parts = []
     for i, (dataset, latent) in enumerate(zip(sets, latents)):
-        for e in rng.choice(episodes[i], -(-count // len(sets))):
-            length = max(2, dataset.length[e] - gap)
-            begin = dataset.start[e] + rng.integers(0, max(1, length - window + 1))
-            r = np.minimum(begin + np.arange(window), dataset.start[e] + length - 1)
-            z.append(latent[r]), rows.append(r), mask.append(np.arange(window) < dataset.start[e] + length - begin), source.append(i)
-    longest = int(max(m.sum() for m in mask))
-    return [torch.from_numpy(np.stack(x)[:, :longest]) for x in (z, mask, rows)] + [np.array(source)]
+        e = rng.choice(episodes[i], -(-count // len(sets)))
+        length, t = np.maximum(2, dataset.length[e] - gap)[:, None], np.arange(window)
+        t = (rng.random(length.shape) * np.maximum(1, length - window + 1)).astype(int) + t                  # (B, window)
+        rows = dataset.start[e][:, None] + np.minimum(t, length - 1)
+        parts.append((latent[rows], t < length, rows, np.full(len(e), i)))
+    z, mask, rows, source = (np.concatenate(x) for x in zip(*parts))
+    longest = mask.sum(1).max()
+    return torch.from_numpy(z[:, :longest]), torch.from_numpy(mask[:, :longest]), rows[:, :longest], source
 
 def whole(dataset, latent, episodes, gap, batch=32):
     """All of the given episodes, in padded batches: yields (episodes, z (B, L, D), mask (B, L))."""
@@ -192,18 +175,17 @@ def losses(model, fdm, batch, sets, args, scale, rng, device):
     z, mask = z.to(device), mask.to(device)
     prediction, routings = model(z, mask)
     valid = mask[:, 1:]
-    latent = (prediction[:, :-1] - z[:, 1:]).abs()[valid].mean()                     # L_latent, l1
+    latent = (prediction[:, :-1] - z[:, 1:]).abs()[valid].mean()                    # L_latent, l1
     rec = torch.zeros((), device=device)
-    if fdm is not None:                                                              # L_rec on 64 random positions: draw I_{t+1+k} from I_{t+1} and the
-        pick = rng.permutation(np.flatnonzero(valid.cpu().numpy()))[:64]             # PREDICTED latent; the FDM is frozen, gradients pass through it
-        b, t = np.unravel_index(pick, valid.shape)
-        order = np.argsort(source[b], kind="stable")
-        b, t = b[order], t[order]
-        r = rows.numpy()[b, t + 1]
-        now, future = (torch.cat([lam.images(s, r[source[b] == i] + gap, fdm.wrist, device) for i, s in enumerate(sets)]) for gap in (0, fdm.gap))
+    if fdm is not None:                                                             # L_rec at 32 positions: I_{t+1+k} from I_{t+1} and the
+        pick = rng.permutation(np.flatnonzero(valid.cpu().numpy()))[:32]            # PREDICTED latent; the frozen FDM passes gradients
+        b, t = np.unravel_index(np.sort(pick), valid.shape)                         # sorted: set after set, as in rows
+        at = [(s, rows[b, t + 1][source[b] == i]) for i, s in enumerate(sets)]
+        now, future = (torch.cat([lam.images(s, r + gap, fdm.wrist, device) for s, r in at]) for gap in (0, fdm.gap))
         rec = lam.ratio(fdm(now, prediction[b, t] * scale[1] + scale[0]), future, now)
     ratios = [ratio_loss(r.boundary, r.probability, r.mask, n) for r, n in zip(routings, args.chunk)]
-    return latent + args.rec * rec + args.ratio * sum(x[0] for x in ratios), latent, rec, [(f.item(), g.item()) for _, f, g in ratios]
+    total = latent + args.rec * rec + args.ratio * sum(x[0] for x in ratios)
+    return total, latent, rec, [(f.item(), g.item()) for _, f, g in ratios]
 
 # ---------------------------------------------------------------- figures
 def events(phase, names):
@@ -242,50 +224,45 @@ def peaks(z, count):
 
 @torch.no_grad()
 def segment(model, dataset, latent, gap, device):
-    """Boundaries (T, stages) bool and skills, one (T, D) array a stage. The k last frames, which have no latent, stay in the last segment."""
-    boundaries, skills = None, None
+    """Boundaries (T, stages) bool and skills, one (T, D) a stage. The k last frames, which have no latent, stay in the last segment."""
+    boundaries, skills = [], []
     for part, z, mask in whole(dataset, latent, np.arange(len(dataset.start)), gap):
-        b, s = frame_rate(model(z.to(device), mask.to(device))[1])
-        b, s = torch.stack(b, -1).cpu().numpy(), [x.cpu().numpy() for x in s]
-        if boundaries is None:
-            boundaries, skills = np.zeros((dataset.total, b.shape[-1]), bool), [np.zeros((dataset.total, x.shape[-1]), np.float32) for x in s]
-        for i, e in enumerate(part):
-            n, begin = int(mask[i].sum()), dataset.start[e]
-            boundaries[begin:begin + n] = b[i, :n]
-            for stage, x in zip(skills, s):
-                stage[begin:begin + dataset.length[e]] = x[i, np.minimum(np.arange(dataset.length[e]), n - 1)]
-    return boundaries, skills
+        at, skill = frame_rate(model(z.to(device), mask.to(device))[1])
+        at = torch.stack(at, -1)
+        for i, (length, n) in enumerate(zip(dataset.length[part], mask.sum(1).numpy())):
+            t = np.minimum(np.arange(length), n - 1)
+            boundaries.append(at[i, t].cpu().numpy() & (np.arange(length) < n)[:, None])
+            skills.append([x[i, t].cpu().numpy() for x in skill])
+    return np.concatenate(boundaries), [np.concatenate(x) for x in zip(*skills)]
 
 def score(sets, latents, boundaries, skills, gap):
     """Boundary F1 of every stage and of its controls, and NMI of clustered top skills with the true phase, on held-out episodes."""
-    figures, rng = {f"boundary_f1{c}": [] for c in ("", "_uniform", "_random", "_peaks")}, np.random.default_rng(0)
-    vectors, phases = [], []
-    truth = [(d, z, b, s, d.truth("phase")) for d, z, b, s in zip(sets, latents, boundaries, skills) if d.truth("phase") is not None]
+    keys = ["boundary_f1", "boundary_f1_uniform", "boundary_f1_random", "boundary_f1_peaks"]
+    figures, rng = {key: [] for key in keys}, np.random.default_rng(0)
+    known = [i for i, dataset in enumerate(sets) if dataset.truth("phase") is not None]
+    if not known:
+        return dict.fromkeys(keys + ["skill_nmi"])
     for stage in range(boundaries[0].shape[1]):
-        pairs = {key: [] for key in figures}
-        for dataset, z, b, s, phase in truth:
-            for e in dataset.split("val"):
-                r = slice(dataset.start[e], dataset.start[e] + dataset.length[e])
-                true, found, length = events(phase[r], dataset.phases), np.flatnonzero(b[r, stage])[1:], dataset.length[e] - gap
-                controls = [found, np.linspace(0, length, len(found) + 2)[1:-1].round().astype(int),
-                            np.sort(rng.choice(np.arange(1, length), len(found), replace=False)), peaks(z[r][:length], len(found))]
-                for key, c in zip(pairs, controls):
-                    pairs[key].append((c, true))
-        for key in figures:
+        pairs = {key: [] for key in keys}
+        for i in known:
+            for e in sets[i].split("val"):
+                r, n = slice(sets[i].start[e], sets[i].start[e] + sets[i].length[e]), sets[i].length[e] - gap
+                found = np.flatnonzero(boundaries[i][r, stage])[1:]
+                uniform = np.linspace(0, n, len(found) + 2)[1:-1].round().astype(int)
+                chance = np.sort(rng.choice(np.arange(1, n), len(found), replace=False))
+                for key, control in zip(keys, (found, uniform, chance, peaks(latents[i][r][:n], len(found)))):
+                    pairs[key].append((control, events(sets[i].truth("phase")[r], sets[i].phases)))
+        for key in keys:
             figures[key].append(f1(pairs[key]))
-    for dataset, z, b, s, phase in truth:
-        r = dataset.rows(dataset.split("val"), gap)
-        vectors.append(s[-1][r]), phases.append(phase[r])
-    if not truth:
-        return {key: None for key in figures} | dict(skill_nmi=None)
-    from sklearn.cluster import KMeans
-    from sklearn.metrics import normalized_mutual_info_score
-    clusters = KMeans(len(set(np.concatenate(phases))), n_init=4, random_state=0).fit_predict(np.concatenate(vectors))
-    return figures | dict(skill_nmi=normalized_mutual_info_score(np.concatenate(phases), clusters))
+    rows = [sets[i].rows(sets[i].split("val"), gap) for i in known]
+    phase = np.concatenate([sets[i].truth("phase")[r] for i, r in zip(known, rows)])
+    top = np.concatenate([skills[i][-1][r] for i, r in zip(known, rows)])
+    clusters = KMeans(len(np.unique(phase)), n_init=4, random_state=0).fit_predict(top)
+    return figures | dict(skill_nmi=normalized_mutual_info_score(phase, clusters))
 
 @torch.no_grad()
 def evaluate(model, fdm, sets, latents, args, scale, gap, device):
-    """Prediction figures on held-out episodes: next-latent l1 over copying the last latent, error of the frame drawn from it, chunk rates."""
+    """On held-out episodes: next-latent l1 over copying the last latent, error of the frame drawn from it over copying, chunk rates."""
     l1, copy, frames, rates = 0.0, 0.0, [], []
     for dataset, latent in zip(sets, latents):
         for part, z, mask in whole(dataset, latent, dataset.split("val"), gap):
@@ -304,6 +281,17 @@ def evaluate(model, fdm, sets, latents, args, scale, gap, device):
     return dict(latent_l1_over_copy=l1 / copy, chunk_rate=(kept[:, 0] / kept[:, 1]).tolist(), target_rate=[1 / n for n in args.chunk],
                 frame_error_predicted_latent=float(np.mean(frames)) if frames else None)
 
+def draw(path, sets, boundaries):
+    """Film strip of one held-out video a set: stage-1 boundaries framed orange, stage-2 boundaries red (HiLAM, figure 4)."""
+    rows, marks = [], {}
+    for dataset, b in zip(sets, boundaries):
+        e = dataset.split("val")[0]
+        for line in np.array_split(np.arange(dataset.start[e], dataset.start[e] + dataset.length[e], 2), 2):
+            level = [b[t:t + 2].any(0).sum() for t in line]                         # how many stages cut here
+            marks |= {(len(rows), c): ("orange", "red", "purple")[min(n, 3) - 1] for c, n in enumerate(level) if n}
+            rows.append((dataset.name, upright(dataset, dataset.frames[line])))
+    draw_strip(path, rows, marks)
+
 def main():
     args = get_args()
     if len(args.width) not in (1, len(args.chunk) + 1) or any(n <= 1 for n in args.chunk):
@@ -315,19 +303,19 @@ def main():
         record = load_checkpoint(lam_path, "lam")
         model = lam.build(record["args"], sets[0].frames.shape[1])
         load_weights(model, record, lam_path)
-        fdm, gap = model.fdm.to(device).requires_grad_(False).eval(), record["args"]["gap"]
+        fdm, gap = model.fdm.to(device).requires_grad_(False), record["args"]["gap"]
         fdm.wrist, fdm.gap = record["args"]["wrist"], gap
     if fdm is None or args.rec == 0:
-        print(f"the reconstruction loss is off: {'--rec 0' if fdm else f'{lam_path} is missing, so there is no FDM for these latents'}")
+        print(f"the reconstruction loss is off: {'--rec 0' if fdm else f'no FDM for these latents, {lam_path} is missing'}")
     rows = np.concatenate([z[s.rows(s.split("train"), gap)] for s, z in zip(sets, raw)])
     scale = rows.mean(0), rows.std(0) + 1e-6
-    latents = [((z - scale[0]) / scale[1]).astype(np.float32) for z in raw]          # standardised: else adjacent latents are nearly parallel (cold start)
+    latents = [((z - scale[0]) / scale[1]).astype(np.float32) for z in raw]          # else adjacent latents are parallel and nothing is cut
     scale = [torch.from_numpy(x).float().to(device) for x in scale]
     widths = args.width * (len(args.chunk) + 1) if len(args.width) == 1 else args.width
     model = HNet(raw[0].shape[1], widths, len(args.chunk), args.layers).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
-    path, begin, episodes, seen = Path(args.out, "skills.pt"), time.time(), [s.split("train") for s in sets], []
-    first = resume(path, "skills", args, model, optimizer)
+    path, episodes, seen = Path(args.out, "skills.pt"), [[e for e in s.split("train") if s.length[e] > gap + 1] for s in sets], []
+    first, begin = resume(path, "skills", args, model, optimizer)
     for step in tqdm(range(first, args.steps), "skills", initial=first, total=args.steps, disable=None):
         rng = step_rng(args.seed, step)
         batch = get_batch(sets, latents, gap, args.batch, args.window, rng, episodes)
@@ -341,31 +329,20 @@ def main():
         seen.append((latent.item(), rec.item(), *np.ravel(rates)))
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
             latent, rec, *fg = np.mean(seen[-args.log_every:], 0)
-            tqdm.write(f"step {step + 1:6d}  latent l1 {latent:.3f}  frame error/copy {rec:.3f}  " + "  ".join(f"F{i + 1} {f:.3f} G{i + 1} {g:.3f}" for i, (f, g) in enumerate(zip(fg[::2], fg[1::2]))))
+            shares = "  ".join(f"F{i // 2 + 1} {fg[i]:.3f} G{i // 2 + 1} {fg[i + 1]:.3f}" for i in range(0, len(fg), 2))
+            tqdm.write(f"step {step + 1:6d}  latent l1 {latent:.3f}  frame error/copy {rec:.3f}  {shares}")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            save_checkpoint(path, "skills", args, step + 1, model, optimizer)
+            save_checkpoint(path, "skills", args, step + 1, model, optimizer, begin)
     boundaries, skills = zip(*[segment(model, s, z, gap, device) for s, z in zip(sets, latents)])
     for dataset, b, s in zip(sets, boundaries, skills):
         write(Path(args.out, f"boundaries.{dataset.name}.npy"), b)
         for i, x in enumerate(s):
             write(Path(args.out, f"skills{i + 1}.{dataset.name}.npy"), x)
-    figures = evaluate(model, fdm, sets, latents, args, scale, gap, device) | score(sets, latents, boundaries, skills, gap) | dict(seconds=time.time() - begin)
+    figures = evaluate(model, fdm, sets, latents, args, scale, gap, device) | score(sets, latents, boundaries, skills, gap)
+    figures["seconds"] = time.time() - begin
     write(Path(args.out, "skills.json"), figures)
     draw(Path(args.out, "skills.png"), sets, boundaries)
     print("  ".join(f"{k} {np.round(v, 3)}" for k, v in figures.items() if v is not None))
-
-def draw(path, sets, boundaries):
-    """Film strip of one held-out video a set: stage-1 boundaries framed orange, stage-2 boundaries red (HiLAM, figure 4)."""
-    rows, marks = [], {}
-    for dataset, b in zip(sets, boundaries):
-        e = dataset.split("val")[0]
-        for line in np.array_split(np.arange(dataset.start[e], dataset.start[e] + dataset.length[e], 2), 2):
-            for c, t in enumerate(line):
-                level = b[t:t + 2].any(0).sum()
-                if level:
-                    marks[len(rows), c] = ["orange", "red", "purple"][min(level, 3) - 1]
-            rows.append((dataset.name, [np.ascontiguousarray(dataset.frames[t][::-1] if dataset.upside_down else dataset.frames[t]) for t in line]))
-    draw_strip(path, rows, marks)
 
 if __name__ == "__main__":
     main()

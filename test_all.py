@@ -1,0 +1,350 @@
+"""
+Tests of all stages: chunking against naive loops, causality, importers on files written here, every stage end to end on a tiny toy set,
+interruptions, bad input, and two short episodes in LIBERO's simulator where it is installed. About two minutes on two CPU cores:
+
+    python -m pytest -q test_all.py
+"""
+import argparse, contextlib, importlib.util, io, json, os, shutil, subprocess, sys, unittest.mock
+from pathlib import Path
+import numpy as np, pytest, torch
+from PIL import Image
+import data, eval_libero, lam, policy, skills
+
+os.environ["OMP_NUM_THREADS"] = "1"                                # one thread here and in the scripts started below: sums run in one order
+torch.set_num_threads(1)
+TINY = {lam: ["--steps", 4, "--save-every", 2, "--batch", 8], skills: ["--steps", 4, "--save-every", 2, "--batch", 4],
+        policy: ["--steps", 4, "--pretrain-steps", 4, "--save-every", 2, "--batch", 8, "--demos", 1],
+        eval_libero: ["--demos", 1, "--tasks", 0, 3, "--episodes", 1, "--max-steps", 6]}
+WIDTHS = pytest.mark.parametrize("widths", [[16, 16, 16], [16, 20, 24, 28]])       # two stages of one width; three that grow
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")                        # a tiny toy set in data/toy, and all four stages run on it, in out/toy
+    data.pack_toy(folder / "data/toy", hand=12, demos=2)
+    for module, words in TINY.items():
+        subprocess.run([sys.executable, module.__file__, *map(str, words)], cwd=folder, check=True)
+    return folder
+
+@pytest.fixture
+def out(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(run)                                         # a copy of the run folder to work in; the data stay where they are
+    return Path(shutil.copytree("out/toy", tmp_path / "out"))
+
+def call(module, *words):                                          # call(lam, "--steps", 4): main() in this process
+    with unittest.mock.patch.object(sys, "argv", [module.__name__, *map(str, words)]):
+        module.main()
+
+def error(module, *words):                                         # main() must leave with status 2 and one line on stderr, returned here
+    with contextlib.redirect_stderr(io.StringIO()) as stderr, pytest.raises(SystemExit) as stop:
+        call(module, *words)
+    lines = stderr.getvalue().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+checkpoint = lambda path: torch.load(path, weights_only=True)
+contents = lambda folder: {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+def random_hnet(widths, latent=5):
+    torch.manual_seed(3)                                           # all weights random: as built, blocks are the identity and hide mistakes
+    model = skills.HNet(latent, list(widths), len(widths) - 1, 1).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.3)
+    return model.eval()
+
+# ---------------------------------------------------------------- dynamic chunking and H-Net
+def test_route():
+    torch.manual_seed(0)
+    q, k, mask = torch.randn(2, 20, 3), torch.randn(2, 20, 3), torch.arange(20) < torch.tensor([[20], [9]])
+    p, boundary = skills.route(q, k, mask)
+    for b, t in np.ndindex(2, 20):
+        expected = 1 if t == 0 else float(1 - q[b, t - 1] @ k[b, t] / q[b, t - 1].norm() / k[b, t].norm()) / 2
+        assert p[b, t].item() == pytest.approx(expected, abs=1e-5) and boundary[b, t] == (expected >= 0.5 and mask[b, t])
+
+def test_chunk_and_dechunk_equal_the_loop():
+    torch.manual_seed(0)
+    h, p, weight, results = torch.randn(3, 40, 5), 0.95 * torch.rand(3, 40), torch.randn(3, 40, 5), []
+    boundary = ((p >= 0.5) | (torch.arange(40) == 0)) & (torch.arange(40) < torch.tensor([[40], [40], [15]]))
+    z, mask, position = skills.chunk(h, boundary)
+    assert torch.equal(z[mask], h[boundary]) and mask.sum(1).tolist() == boundary.sum(1).tolist() and z.shape[1] == boundary.sum(1).max()
+    def loop(x, p):                                                # y_m = (1 - p_m) y_{m-1} + p_m x_m, one position at a time
+        y, m = [torch.zeros(3, 5)], boundary.cumsum(1) - 1
+        for t in range(40):
+            w = (p[:, t].clamp(1e-4, 1 - 1e-4) * boundary[:, t])[:, None]
+            y.append((1 - w) * y[-1] + w * x[range(3), m[:, t]])
+        return torch.stack(y[1:], 1)
+    for function in (lambda x, p: skills.dechunk(x, p, boundary, position), loop):
+        x, q = z.clone().requires_grad_(), p.clone().requires_grad_()
+        (function(x, q) * weight).sum().backward()
+        results.append((function(x, q), x.grad, q.grad))
+    for ours, true in zip(*results):
+        assert torch.allclose(ours, true, atol=1e-4) and true.abs().max() > 0.1
+
+def test_straight_through_estimator():
+    c, weight = torch.tensor([0.2, 0.7, 1.0], requires_grad=True), torch.tensor([1.0, 2, 3])
+    (skills.ste(c) * weight).sum().backward()
+    assert torch.allclose(skills.ste(c), torch.ones(3)) and torch.equal(c.grad, weight)
+
+@pytest.mark.parametrize("marked, probability, n, expected", [(1, 0.25, 4, 1), (2, 0.5, 4, 4 / 3), (4, 1.0, 4, 4), (0, 0.0, 3, 1.5)])
+def test_ratio_loss(marked, probability, n, expected):
+    boundary, p, mask = torch.arange(6)[None] < marked, torch.full((1, 6), probability), torch.arange(6)[None] < 4
+    p[0, 4:] = 0.9                                                 # padding must not count
+    assert [x.item() for x in skills.ratio_loss(boundary, p, mask, n)] == pytest.approx([expected, marked / 4, probability], rel=1e-5)
+
+@WIDTHS
+def test_hnet_is_causal_and_blind_to_padding(widths):
+    model, z, mask = random_hnet(widths), torch.randn(3, 24, 5), torch.arange(24) < torch.tensor([[24], [15], [9]])
+    before, routings = model(z, mask)
+    assert [r.token.shape[-1] for r in routings] == widths[:-1] and 1 < routings[-1].boundary[0].sum() < 24
+    marks = skills.frame_rate(routings)[0]
+    for t in (1, 6, 8):                                            # a changed latent changes predictions from then on, and none before
+        after, others = model(torch.cat([z[:, :t], torch.randn(3, 1, 5), z[:, t + 1:]], 1), mask)
+        assert torch.allclose(before[:, :t], after[:, :t], atol=1e-4) and (before - after)[:, t:].abs().amax((1, 2)).min() > 1e-2
+        assert all(torch.equal(a[:, :t], b[:, :t]) for a, b in zip(marks, skills.frame_rate(others)[0]))
+    longer = torch.cat([torch.where(mask[..., None], z, torch.randn_like(z)), torch.randn(3, 9, 5)], 1)
+    for rows, length in (([0, 1, 2], 24), ([0, 1, 2], 33), ([2], 9)):      # other padding, more padding, and an episode on its own
+        m = torch.nn.functional.pad(mask, (0, 9))[rows, :length]
+        after, others = model(longer[rows, :length], m)
+        assert torch.allclose(before[rows][mask[rows]], after[m], atol=1e-4)
+        assert all(torch.equal(a[rows][mask[rows]], b[m]) and not b[~m].any() for a, b in zip(marks, skills.frame_rate(others)[0]))
+
+@WIDTHS
+def test_skills_at_frame_rate_equal_the_loop(widths):
+    dataset, model, gap = argparse.Namespace(start=np.array([0, 30]), length=np.array([30, 17]), total=47), random_hnet(widths), 3
+    latent = np.random.default_rng(0).standard_normal((47, 5)).astype(np.float32)
+    boundaries, vectors = skills.segment(model, dataset, latent, gap, "cpu")
+    for start, length in ((0, 30), (30, 17)):
+        at = list(range(length - gap))                             # the frame of each position of a stage
+        _, routings = model(torch.from_numpy(latent[start:start + length - gap])[None], torch.ones(1, length - gap, dtype=torch.bool))
+        for stage, r in enumerate(routings):                       # a boundary of a stage is one of every stage below
+            kept = [j for j in range(len(at)) if r.boundary[0, j]]
+            assert np.flatnonzero(boundaries[start:start + length, stage]).tolist() == [at[j] for j in kept]
+            for t in range(length):
+                assert np.allclose(vectors[stage][start + t], r.token[0, max(j for j in kept if at[j] <= t)], atol=1e-4)
+            at = [at[j] for j in kept]
+    assert all(np.array_equal((np.diff(v, axis=0) != 0).any(1), b[1:]) for v, b in zip(vectors, boundaries.T))     # one segment, one skill
+
+# ---------------------------------------------------------------- packed data, the toy world and importers
+def test_pack_round_trip_and_targets(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = [dict(frames=rng.integers(0, 256, (n, 16, 16, 3), np.uint8), actions=rng.random((n, 2), np.float32)) for n in (6, 9, 4)]
+    data.pack(tmp_path / "set", zip("abc", "abc", ["train", "train", "val"], arrays))
+    packed = data.Packed(tmp_path / "set")
+    assert [(e["start"], e["text"], e["split"]) for e in packed.episodes] == [(0, "a", "train"), (6, "b", "train"), (15, "c", "val")]
+    assert all(np.array_equal(getattr(packed, key), np.concatenate([a[key] for a in arrays])) for key in ("frames", "actions"))
+    for gap in (0, 1, 5, 7):
+        assert packed.rows(packed.split("train"), gap).tolist() == [s + j for s, n in ((0, 6), (6, 9)) for j in range(n) if j + gap < n]
+    rows, end = np.array([0, 4, 5, 14, 18]), np.array([5, 5, 5, 14, 18])   # the policy's targets stop at the episode's end
+    _, _, _, target, mask, _ = policy.Labels(packed, [0, 1, 2], np.array(packed.actions), gap=1).batch(rows, 4, 1, "cpu")
+    assert np.array_equal(mask, rows[:, None] + np.arange(4) < end[:, None])
+    assert np.array_equal(target[mask], np.concatenate([packed.actions[r:min(r + 4, e)] for r, e in zip(rows, end)]))
+    assert policy.l1(torch.where(mask[..., None], target + 0.5, 1e6), target, mask).item() == pytest.approx(0.5)
+
+def test_toy_depends_on_the_seed_alone(tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        data.pack_toy(tmp_path / name, hand=4, demos=1, seed=seed)
+    a, b, c = (contents(tmp_path / name) for name in "abc")
+    assert a == b and all(a[key] != c[key] for key in ("hand/frames.bin", "robot/frames.bin", "robot/actions.bin"))
+
+def test_toy_demonstrations_replayed_succeed(run):
+    packed, colours = data.Packed(run / "data/toy/robot"), list(data.BLOCKS) + list(data.TRAYS)
+    for start, length, episode in zip(packed.start, packed.length, packed.episodes):
+        goal, rows = data.GOALS[int(episode["task"])], np.arange(start, start + length)
+        world, other = (data.ToyWorld("robot", 32).reset([goal], [0]) for _ in range(2))
+        assert not any(other.step(packed.actions[t][None])[0] for t in rows)       # from another layout the same actions fail
+        world.hand, world.objects = packed.proprio[rows[:1], :2] + 0.0, packed.truth("layout")[start].reshape(1, 6, 2) + 0.0
+        for t in rows:
+            assert np.allclose(world.proprio()[0], packed.proprio[t], atol=1e-4)
+            assert np.abs(world.frames()[0] - packed.frames[t].astype(int)).max() <= 2
+            success = world.step(packed.actions[t][None])[0]
+        assert success and length < data.TOY_LIMIT and episode["text"] == data.toy_text(goal) and goal in data.TASKS
+        blocks, trays = ([colours.index(episode["text"].split()[i]) for i in at] for at in ((2, 10), (6, 14)))
+        assert np.abs(world.objects[0, blocks] - world.objects[0, trays]).max() < data.TRAY_HALF       # as the text says
+
+def write_libero(folder, demos=12, frames=5, **change):            # official schema; row j of demo i can be told in every array
+    h5py, j, path = pytest.importorskip("h5py"), np.arange(frames)[:, None], folder / "put_the_bowl_on_the_stove_demo.hdf5"
+    folder.mkdir()
+    with h5py.File(path, "w") as file:
+        file.create_group("data").attrs["problem_info"] = json.dumps(dict(language_instruction="put the bowl on the stove"))
+        for i in range(demos):
+            image = lambda value: np.tile(value.astype(np.uint8)[:, :, None, None], (1, 16, 16, 3))
+            arrays = {"actions": np.repeat(i + j / 100, 7, 1), "states": j, "robot_states": j, "rewards": j[:, 0], "dones": j[:, 0],
+                      "obs/joint_states": np.repeat(i + j / 10, 7, 1), "obs/gripper_states": np.repeat(-i - j / 10, 2, 1),
+                      "obs/agentview_rgb": image(10 * i + j), "obs/eye_in_hand_rgb": image(255 - 10 * i - j)} | change
+            for name in arrays.keys() - {k for k, v in change.items() if v is None}:
+                file[f"data/demo_{i}/{name}"] = arrays[name]
+    return path
+
+def test_libero_import(tmp_path):
+    call(data, "libero", "--src", write_libero(tmp_path / "raw").parent, "--out", tmp_path / "set", "--size", 16)
+    packed = data.Packed(tmp_path / "set")
+    assert packed.length.tolist() == [4] * 12 and {e["text"] for e in packed.episodes} == {"put the bowl on the stove"}
+    for t, (i, j) in enumerate((i, j) for i in range(12) for j in range(4)):       # in numeric order: demo_10 comes after demo_9
+        assert (packed.frames[t] == 10 * i + j).all() and (packed.wrist[t] == 255 - 10 * i - j).all()
+        assert np.allclose(packed.proprio[t], [i + j / 10] * 7 + [-i - j / 10] * 2)
+        assert np.allclose(packed.actions[t], [i + (j + 1) / 100] * 7)     # obs[j] was seen after actions[j], so the next is to be learnt
+    call(data, "libero", "--src", tmp_path / "raw", "--out", tmp_path / "video", "--size", 32, "--actions", "none", "--demos", 11)
+    video = data.Packed(tmp_path / "video")
+    assert video.actions is None and video.proprio is None and video.frames.shape == (44, 32, 32, 3) and (video.frames[43] == 103).all()
+
+def test_video_import(tmp_path):
+    pytest.importorskip("av"), (tmp_path / "raw/201").mkdir(parents=True)
+    grey = [Image.new("RGB", (40, 30), (50 * i,) * 3) for i in range(5)]
+    grey[0].save(tmp_path / "raw/35.gif", save_all=True, append_images=grey[1:], duration=40)
+    [image.save(tmp_path / f"raw/201/{i:04d}.png") for i, image in enumerate(grey)]
+    labels = [dict(id="35", label="pushing a cup", template="Pushing [something]"), dict(id="201", label="holding a pen")]
+    (tmp_path / "labels.json").write_text(json.dumps(labels))      # as Something-Something's
+    call(data, "video", "--src", tmp_path / "raw", "--labels", tmp_path / "labels.json", "--out", tmp_path / "set", "--size", 16)
+    packed = data.Packed(tmp_path / "set")
+    assert [e["text"] for e in packed.episodes] == ["holding a pen", "pushing a cup"] and packed.actions is None
+    assert np.abs(packed.frames[:, 8, 8, 0].astype(int) - 50 * np.tile(range(5), 2)).max() <= 3
+
+# ---------------------------------------------------------------- the stages end to end
+REPORTS = {"lam": "fdm_error fdm_error_shuffled fdm_error_zero action_r2 action_r2_mean effective_rank seconds", "policy": "losses seconds",
+           "skills": "latent_l1_over_copy chunk_rate target_rate boundary_f1 boundary_f1_uniform boundary_f1_random boundary_f1_peaks "
+                     "skill_nmi frame_error_predicted_latent seconds",
+           "eval_toy_flat": "suite variant demos success_rate ci95 episodes per_task env_steps_per_second seconds"}
+
+def test_what_the_stages_write(run):
+    out, reports = run / "out/toy", {name: json.loads((run / f"out/toy/{name}.json").read_text()) for name in REPORTS}
+    assert all(set(keys.split()) <= set(reports[name]) for name, keys in REPORTS.items())
+    assert all(set(reports["policy"][k]) == {"policy_pretrain_z2_z0", "policy_hilam_1", "policy_flat_1"} for k in ("losses", "seconds"))
+    assert set(reports["eval_toy_flat"]["per_task"]) == {"0", "3"} and reports["eval_toy_flat"]["episodes"] == 2
+    for packed in (data.Packed(run / "data/toy" / name) for name in ("hand", "robot")):
+        assert (packed.actions is None and packed.proprio is None) == (packed.name == "hand")
+        arrays = {key: np.load(out / f"{key}.{packed.name}.npy") for key in ("latents", "skills1", "skills2", "boundaries")}
+        assert all(len(a) == packed.total and np.isfinite(a).all() and a.std() > 0 for a in arrays.values())
+        assert arrays["boundaries"].shape[1] == 2 and arrays["boundaries"][packed.start].all()
+    for name in ("lam.png", "skills.png", "policy.png", "eval_toy_hilam_failure.gif", "eval_toy_flat_failure.gif"):
+        assert np.ptp(np.asarray(Image.open(out / name).convert("L"))) > 50
+    before, after = (checkpoint(out / f"policy_{name}.pt")["model"] for name in ("pretrain_z2_z0", "hilam_1"))
+    equal = {k: torch.equal(v, after[k]) for k, v in before.items() if v.shape == after[k].shape}
+    high, low = ([v for k, v in equal.items() if k.startswith(level)] for level in ("high", "low"))
+    assert len(high) > 10 and all(high) and np.mean(low) < 0.5     # in fine-tuning only the low level learns
+
+def test_three_stages_on_clips_shorter_than_the_gap(tmp_path):
+    clips = [dict(frames=np.random.default_rng(0).integers(0, 256, (n, 16, 16, 3), np.uint8)) for n in (20, 14, 4, 6)]
+    data.pack(tmp_path / "video", zip("abcd", "abcd", ["val", "train", "train", "train"], clips))
+    for module, words in ((lam, ["--gap", 5]), (skills, ["--chunk", 4, 2, 2, "--width", 16, 20, 24, 28])):
+        call(module, "--data", tmp_path / "video", "--out", tmp_path, *TINY[module], *words)
+    assert np.load(tmp_path / "skills3.video.npy").shape == (44, 24) and np.load(tmp_path / "boundaries.video.npy").shape == (44, 3)
+    assert json.loads((tmp_path / "lam.json").read_text())["action_r2_mean"] is None       # there are no actions to compare with
+
+@pytest.mark.parametrize("module, names", [(lam, ["lam"]), (skills, ["skills"]), (policy, ["policy_pretrain_z2_z0", "policy_hilam_1"])])
+def test_interrupted_training_ends_in_the_same_weights(out, monkeypatch, module, names):
+    save, whole = module.save_checkpoint, {name: checkpoint(out / f"{name}.pt") for name in names}
+    words = ["--out", out, *TINY[module], *["--variant", "hilam"] * (module is policy)]
+    [(out / f"{name}.pt").unlink() for name in names]
+    monkeypatch.setattr(module, "save_checkpoint", lambda *words, **more: (save(*words, **more), sys.exit("killed")))
+    for _ in range(2 * len(names)):                                # after each of its checkpoints
+        with pytest.raises(SystemExit, match="killed"):
+            call(module, *words)
+    call(module, *words)
+    for name in names:
+        a, b = ((c["model"], c["optimizer"]["state"]) for c in (checkpoint(out / f"{name}.pt"), whole[name]))
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+def test_interrupted_evaluation_goes_on(out):
+    log, words = out / "eval_toy_flat.jsonl", ["--out", out, "--variant", "flat", *TINY[eval_libero]]
+    first, second = log.read_text().splitlines()
+    changed = json.dumps(json.loads(first) | dict(success=True))
+    log.write_text(changed + "\n" + second[:30])                   # one episode done, the other's line cut off by the kill
+    call(eval_libero, *words)
+    text = log.read_text()
+    assert text.startswith(changed) and second in text and json.loads((out / "eval_toy_flat.json").read_text())["success_rate"] == 0.5
+    call(eval_libero, *words)
+    assert log.read_text() == text                                 # now nothing was left to run
+
+def test_success_and_its_interval(out, monkeypatch):
+    monkeypatch.setattr(data.ToyWorld, "success", lambda world: (world.goals == data.TASKS[3]).all(1))
+    call(eval_libero, "--out", out, "--variant", "flat", *TINY[eval_libero], "--execute", 2)
+    lines, report = (out / "eval_toy_flat.jsonl").read_text().splitlines(), json.loads((out / "eval_toy_flat.json").read_text())
+    assert {(r["task"], r["success"], r["steps"]) for r in map(json.loads, lines[-2:])} == {(0, False, 6), (3, True, 1)}
+    assert report["per_task"]["3"]["success_rate"] == 1 and report["ci95"] == pytest.approx([0.0945, 0.9055], abs=1e-4)
+    assert [*eval_libero.wilson(0, 10), *eval_libero.wilson(81, 263)] == pytest.approx([0, 0.2775, 0.2553, 0.3662], abs=1e-4)
+
+# ---------------------------------------------------------------- bad input, policy and evaluation
+edit = lambda path, key, change: torch.save(checkpoint(path) | {key: change(checkpoint(path)[key])}, path)
+BROKEN = {                                                         # what is broken in the run folder; the stage that notices; what it says
+    "other stage": (lambda out: shutil.copy(out / "lam.pt", out / "skills.pt"), skills, "checkpoint of lam, not of skills"),
+    "other shape": (lambda out: edit(out / "lam.pt", "model", lambda m: {k: v[:1] for k, v in m.items()}), lam, "another shape"),
+    "corrupt": (lambda out: os.truncate(out / "lam.pt", 3000), lam, "not a readable checkpoint"),
+    "no latents": (lambda out: [p.unlink() for p in out.glob("latents.*")], skills, "run `python lam.py`"),
+    "lam.py unfinished": (lambda out: edit(out / "lam.pt", "step", lambda step: 2), skills, "stopped at step 2 of 4"),
+    "no skills": (lambda out: [p.unlink() for p in out.glob("skills2.*")], policy, "run `python skills.py`"),
+    "skills of other data": (lambda out: np.save(out / "skills2.robot.npy", np.zeros((3, 64))), policy, "run `python skills.py`"),
+    "no policy": (lambda out: (out / "policy_flat_1.pt").unlink(), eval_libero, "run `python policy.py`"),
+    "policy.py unfinished": (lambda out: edit(out / "policy_flat_1.pt", "step", lambda step: 3), eval_libero, "stopped at step 3 of 4")}
+
+@pytest.mark.parametrize("damage, module, says", BROKEN.values(), ids=BROKEN)
+def test_broken_run_folder(out, damage, module, says):
+    damage(out)
+    before = contents(out)
+    assert says in error(module, "--out", out, *TINY[module], *["--variant", "flat"] * (module is eval_libero))
+    assert contents(out) == before
+
+BAD_FILES = {                                                      # kind of import; how its source folder is made; what the error names
+    "no folder": ("libero", lambda raw: None, "no such folder"),
+    "truncated": ("libero", lambda raw: os.truncate(write_libero(raw), 9000), "stove_demo.hdf5"),
+    "array missing": ("libero", lambda raw: write_libero(raw, **{"obs/joint_states": None}), "joint_states"),
+    "other length": ("libero", lambda raw: write_libero(raw, actions=np.zeros((3, 7))), "actions"),
+    "NaN": ("libero", lambda raw: write_libero(raw, actions=np.full((5, 7), np.nan)), "NaN"),
+    "no videos": ("video", lambda raw: raw.mkdir(), "no .webm"),
+    "unreadable video": ("video", lambda raw: (raw.mkdir(), (raw / "7.mp4").write_bytes(b"not a video" * 99)), "7.mp4"),
+    "out exists": ("libero", lambda raw: (write_libero(raw), raw.with_name("set").mkdir()), "exists already")}
+
+@pytest.mark.parametrize("kind, make, says", BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_files(tmp_path, kind, make, says):
+    make(tmp_path / "raw")
+    assert says in error(data, kind, "--src", tmp_path / "raw", "--out", tmp_path / "set", "--size", 16)
+    assert not (tmp_path / "set/episodes.json").exists()
+
+def test_bad_arguments(out, tmp_path, monkeypatch):
+    assert "nowhere" in error(lam, "--out", out, "--data", tmp_path / "nowhere")
+    assert "libero_object" in error(eval_libero, "--out", out, "--suite", "libero_kitchen")
+    os.truncate(shutil.copytree("data/toy/robot", tmp_path / "robot") / "frames.bin", 9999)
+    assert "frames.bin" in error(lam, "--out", tmp_path / "new", "--data", tmp_path / "robot")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False), monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for module, words in TINY.items():
+        assert "--device cuda" in error(module, "--out", out, *words, "--device", "cuda")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install" in error(eval_libero, "--out", out, "--suite", "libero_object", *TINY[eval_libero])
+
+@pytest.mark.parametrize("execute", [1, 3, 4])
+def test_ensemble_equals_the_loop(execute):
+    ensemble, chunks = eval_libero.Ensemble(), np.random.default_rng(0).standard_normal((7, 2, 4, 3))      # decisions, slots, chunk, A
+    for d in range(7):
+        slots = [5, 9] if d < 4 else [9]                           # the first episode ends earlier
+        for slot, actions in zip(slots, ensemble(slots, chunks[d, -len(slots):], execute)):
+            for n, action in enumerate(actions):                   # every chunk that predicted this step; older ones weigh more
+                old = [(e, (d - e) * execute + n) for e in range(d + 1) if (d - e) * execute + n < 4]
+                values, weights = zip(*[(chunks[e, int(slot == 9), j], np.exp(-0.01 * e * execute)) for e, j in old])
+                assert np.allclose(action, np.average(values, 0, weights))
+
+ASSETS = [Path(p, "libero/assets/scenes") for s in [importlib.util.find_spec("libero")] if s for p in s.submodule_search_locations]
+
+@pytest.mark.skipif(not any(p.exists() for p in ASSETS), reason="LIBERO or its assets are not installed")
+def test_libero_episodes(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path / "config"))
+    args, seen, act = policy.get_args(["--demos", "5"]), [], policy.Agent.act
+    agent = policy.Agent(dict(size=64, cameras=2, high_cameras=1, proprio=9, skill=8, target=7), args)
+    record = dict(stage="policy", args=vars(args), step=args.steps, model=agent.state_dict(), shape=agent.shape)
+    torch.save(record, tmp_path / "policy_hilam_5.pt")
+    monkeypatch.setattr(policy.Agent, "act", lambda self, *observed: seen.append([*observed, act(self, *observed)]) or seen[-1][-1])
+    call(eval_libero, "--suite", "libero_object", "--variant", "hilam", "--demos", 5, "--out", tmp_path, "--tasks", 0, "--episodes", 2,
+         "--max-steps", 10, "--execute", 8, "--settle", 2, "--workers", 1, "--camera", 64)
+    assert json.loads((tmp_path / "eval_libero_object_hilam.json").read_text())["episodes"] == 2 and len(seen) == 4
+    assert len((tmp_path / "config/config.yaml").read_text().splitlines()) == 5
+    from libero.libero import benchmark, get_libero_path           # the same actions in the official loop give the same observations
+    from libero.libero.envs import OffScreenRenderEnv
+    task, folder = benchmark.get_benchmark("libero_object")().get_task(0), lambda key: Path(get_libero_path(key), "libero_object")
+    states = torch.load(folder("init_states") / task.init_states_file, weights_only=False)
+    env = OffScreenRenderEnv(bddl_file_name=str(folder("bddl_files") / task.bddl_file), camera_heights=64, camera_widths=64)
+    for episode in range(2):
+        env.seed(0), env.reset(), env.set_init_state(states[episode])
+        for decision, actions in enumerate([np.array([[0, 0, 0, 0, 0, 0, -1.0]] * 2), seen[2 * episode][-1][0, :8]]):
+            o = [env.step(action)[0] for action in actions][-1]
+            frames, wrist, proprio, texts, _ = seen[2 * episode + decision]
+            for ours, official in ((frames, o["agentview_image"]), (wrist, o["robot0_eye_in_hand_image"])):
+                assert ours.shape == (1, 64, 64, 3) and official.std() > 5 and np.abs(ours[0] - official.astype(float)).mean() < 0.2
+            assert np.allclose(proprio[0], [*o["robot0_joint_pos"], *o["robot0_gripper_qpos"]], atol=1e-5) and texts == [task.language]
+    env.close()
