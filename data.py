@@ -130,8 +130,9 @@ def pack(out, episodes, total=None, upside_down=False, phases=PHASES):
 # ---------------------------------------------------------------- the toy world
 BLOCKS = dict(red=(0.86, 0.16, 0.16), green=(0.13, 0.65, 0.24), blue=(0.16, 0.32, 0.90), yellow=(0.97, 0.82, 0.10))
 TRAYS = dict(white=(0.97, 0.97, 0.97), black=(0.12, 0.12, 0.12))
-BLOCK_HALF, TRAY_HALF, REACH = 0.055, 0.125, 0.05          # half sides; how far off its centre a block is still grasped (table width = 1)
+BLOCK_HALF, TRAY_HALF, REACH = 0.07, 0.15, 0.09            # half sides; how far off its centre a block is still grasped (table width = 1)
 MAX_STEP, TOY_LIMIT = 0.06, 120                            # table widths a frame at |action| = 1; steps of an evaluation
+REGIONS = np.array([[0.2, 0.28], [0.5, 0.28], [0.8, 0.28], [0.5, 0.72], [0.2, 0.72], [0.8, 0.72]])     # of the four blocks and two trays
 # a goal is (block, tray, block, tray), in this order: 48 of them, every fifth a task; the other 38 appear in hand video only
 GOALS = [(a, s, b, t) for a, b in itertools.permutations(range(4), 2) for s in range(2) for t in range(2)]
 TASKS = GOALS[::5]
@@ -149,20 +150,15 @@ class ToyWorld:
         self.look, self.size = look, size
 
     def reset(self, goals, seeds):
-        """goals: B goals; seeds: B seeds, each deciding a layout: trays first, every object clear of those before it."""
-        n, order = len(goals), [4, 5, 0, 1, 2, 3]
-        self.goals, self.objects = np.array(goals), np.zeros((n, 6, 2))        # objects: 4 blocks, then 2 trays
+        """goals: B goals; seeds: B seeds, each deciding a layout: every object near its region, as in LIBERO, and clear of the others."""
+        n, tray = len(goals), np.arange(6) > 3                                 # objects: 4 blocks, then 2 trays
+        self.goals, self.objects = np.array(goals), np.zeros((n, 6, 2))
         self.hand, self.opening, self.held = np.zeros((n, 2)), np.ones(n), np.full(n, -1)
+        clear = 0.20 + 0.06 * (tray[:, None] | tray) - np.eye(6)
         for i, seed in enumerate(seeds):
-            rng, placed = np.random.default_rng(seed), 0
-            while placed < 6:
-                tray = placed < 2
-                spot = rng.uniform(0.16, 0.84, 2) if tray else rng.uniform(0.08, 0.92, 2)
-                clear = [0.34 if tray else 0.24 if o > 3 else 0.17 for o in order[:placed]]
-                if (np.abs(spot - self.objects[i, order[:placed]]).max(1) > clear).all():
-                    self.objects[i, order[placed]], placed = spot, placed + 1
-                elif rng.random() < 0.01:                                      # crowded: start this table again
-                    placed = 0
+            rng = np.random.default_rng(seed)
+            while (np.abs(self.objects[i][:, None] - self.objects[i]).max(-1) < clear).any():
+                self.objects[i] = REGIONS + rng.uniform(-0.12, 0.12, (6, 2))
             self.hand[i] = rng.uniform(0.1, 0.9, 2)
         return self
 
@@ -208,14 +204,14 @@ def toy_render(hand, opening, objects, held, look, size):
     for top in (False, True):                                                  # the held block lies above the others
         for i, colour in enumerate(BLOCKS.values()):
             paint(box(*objects[:, i].T, BLOCK_HALF, BLOCK_HALF) * ((held == i) == top)[:, None, None], colour)
-    (x, y), gap = hand.T, 0.075 + 0.035 * opening
+    (x, y), gap = hand.T, 0.09 + 0.05 * opening
     if look == "robot":                                                        # a palm plate and two fingers
-        paint(box(x, y - 0.115, 0.12, 0.04), (0.80, 0.15, 0.70))
+        paint(box(x, y - 0.13, 0.15, 0.04), (0.80, 0.15, 0.70))
     else:                                                                      # a sleeve from the table's edge, palm, thumb and finger
         paint(box(x, (y + 1.3) / 2, 0.05, (1.0 - y) / 2), (0.36, 0.45, 0.30))
-        paint(box(x, y + 0.14, 0.09, 0.05), (0.96, 0.66, 0.50))
+        paint(box(x, y + 0.15, 0.11, 0.05), (0.96, 0.66, 0.50))
     for side in (-1, 1):
-        paint(box(x + side * gap, y + (look == "hand") * 0.03, 0.02, 0.08), (0.45, 0.10, 0.42) if look == "robot" else (0.88, 0.55, 0.40))
+        paint(box(x + side * gap, y + (look == "hand") * 0.03, 0.02, 0.095), (0.45, 0.10, 0.42) if look == "robot" else (0.88, 0.55, 0.40))
     return (image.transpose(0, 2, 3, 1) * 255 + 0.5).astype(np.uint8)
 
 def toy_demonstrate(look, goals, seed, size):
@@ -230,7 +226,7 @@ def toy_demonstrate(look, goals, seed, size):
     while alive.any() and len(log) < 200:
         phase, second = np.where(part == 8, 4, part % 4), np.minimum(part // 4, 1)             # part 0..8 counts through both goals
         block, tray = world.goals[rows, 2 * second], world.goals[rows, 2 * second + 1]
-        slot = world.objects[rows, 4 + tray] + np.where(second, 1, -1)[:, None] * [0.055, 0.0] # two blocks fit on one tray
+        slot = world.objects[rows, 4 + tray] + np.where(second, 1, -1)[:, None] * [0.07, 0.0]  # two blocks fit on one tray
         at = world.objects[rows, block]
         away = np.select([(phase == 4)[:, None], (phase == 2)[:, None]], [home - world.hand, slot - at], at - world.hand)
         distance, moving = np.linalg.norm(away, axis=1, keepdims=True) + 1e-9, (phase % 2 == 0)
@@ -238,13 +234,13 @@ def toy_demonstrate(look, goals, seed, size):
         rest = np.where((rest == 0) & (rng.random(n) < 0.012) & moving, rng.integers(2, 5, n), np.maximum(rest - 1, 0))
         turn = angle * np.minimum(1, distance / 0.15)
         heading = (away * np.cos(turn) + away[:, ::-1] * [-1, 1] * np.sin(turn)) / distance
-        pace = np.minimum(speed, 0.7 * distance / MAX_STEP + 0.1) * (rest == 0)[:, None]
+        pace = np.minimum(speed, 0.7 * distance / MAX_STEP) * (rest == 0)[:, None]
         velocity = moving[:, None] * (0.4 * velocity + 0.6 * pace * heading)
         actions = np.concatenate([velocity, np.where((phase == 1) | (phase == 2), 1.0, -1.0)[:, None]], 1)
         state, proprio = (world.hand, world.opening, world.objects.copy(), world.held), world.proprio()
         world.step(actions)
         log.append(state + (alive, proprio, actions.astype(np.float32), world.proprio() - proprio, phase.astype(np.int8)))
-        still, shut = distance[:, 0] < 0.03, world.opening
+        still, shut = distance[:, 0] < 0.05, world.opening
         part = part + ((moving & still & (part < 8)) | (phase == 1) & (shut < 0.01) | (phase == 3) & (shut > 0.99))
         left, velocity = left - (phase == 4), velocity * ~(moving & still)[:, None]
         alive = alive & (left > 0)

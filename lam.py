@@ -92,7 +92,7 @@ def draw_strip(path, rows, marks={}):
 
 # ---------------------------------------------------------------- arguments
 def get_args(argv=None):
-    parser = stage_parser(__doc__, steps=2000)
+    parser = stage_parser(__doc__, steps=1500)
     add = parser.add_argument_group("latent action").add_argument
     add("--gap", type=int, default=1, help="k: frames between the two that the IDM sees (default: %(default)s; UniSkill on LIBERO: 20-40)")
     add("--latent", type=int, default=8, help="width of the latent action; UniSkill: 64 (default: %(default)s)")
