@@ -59,7 +59,7 @@ def amount(text):
 
 # ---------------------------------------------------------------- models
 def tokenize(texts):
-    """Sentences -> (B, 64) int64: each word, and each word with its place, hashed into a bucket; 0 is padding. No vocabulary to build or lose."""
+    """Sentences -> (B, 64) int64: each word, and each word with its place, hashed into a bucket; 0 is padding. No vocabulary to lose."""
     out = np.zeros((len(texts), 2 * LONGEST), np.int64)
     for row, text in zip(out, texts):
         for i, word in enumerate(text.lower().split()[:LONGEST]):
@@ -67,7 +67,7 @@ def tokenize(texts):
     return torch.from_numpy(out)
 
 class TextEncoder(nn.Module):
-    """Sum of the embeddings of words and of placed words, then two layers: (B, 64) int64 -> (B, width). Stands in for the paper's T5."""
+    """Normalised sum of the embeddings of words and placed words: (B, 64) int64 -> (B, width). Stands in for the paper's T5."""
 
     def __init__(self, width):
         super().__init__()
@@ -87,27 +87,28 @@ class Policy(nn.Module):
         w, c, self.patch, self.chunk, self.cameras = args.width, args.channels, size // 16, chunk, cameras
         self.condition = nn.Sequential(nn.Linear(condition, w), nn.LayerNorm(w), nn.SiLU(), nn.Linear(w, w), nn.LayerNorm(w))
         self.conv = nn.ModuleList([ConvBlock(3 * self.patch ** 2 + 2, c, 1, w), ConvBlock(c, 2 * c, 2, w), ConvBlock(2 * c, 2 * c, 1, w)])
-        self.fine = ConvBlock(2 * c, 16, 1, w)                                               # 8 x 8 x 16, kept whole: precision
-        self.look, self.select, self.image = nn.Linear(10 * c + 16 * 64, 2 * w), nn.Linear(w, 4 * w), nn.Linear(2 * w, w) # one encoder for all cameras, as in BAKU
+        self.fine = ConvBlock(2 * c, 16, 1, w)                     # 8 x 8 x 16, kept whole: fine differences of place
+        self.look, self.select, self.image = nn.Linear(10 * c + 16 * 64, 2 * w), nn.Linear(w, 4 * w), nn.Linear(2 * w, w)
         self.proprio = nn.Sequential(nn.Linear(max(1, proprio), w), nn.SiLU(), nn.Linear(w, w))
         self.no_proprio, self.no_camera = nn.Parameter(torch.zeros(w)), nn.Parameter(torch.zeros(w))         # human video has neither
         self.action, self.kind = nn.Parameter(0.02 * torch.randn(w)), nn.Parameter(0.02 * torch.randn(cameras + 3, w))
         self.blocks, self.norm, self.head = nn.Sequential(*[Block(w) for _ in range(args.layers)]), nn.RMSNorm(w), nn.Linear(w, chunk * out)
 
     def forward(self, images, condition, proprio=None):
-        b, cameras, _, s, _ = images.shape
-        condition = self.condition(condition)                                                # (B, W)
-        x = F.pixel_unshuffle(images.flatten(0, 1) - 0.5, self.patch)                        # (B * cameras, ., 16, 16)
-        place = torch.linspace(-1, 1, 16, device=x.device).expand(len(x), 1, 16, 16)
+        b, cameras, *_ = images.shape
+        condition = self.condition(condition)                                      # (B, W)
+        each = condition.repeat_interleave(cameras, 0)                             # one encoder for all cameras, as in BAKU
+        x = F.pixel_unshuffle(images.flatten(0, 1) - 0.5, self.patch)              # (B * cameras, ., 16, 16)
+        place, seen = torch.linspace(-1, 1, 16, device=x.device).expand(len(x), 1, 16, 16), []
         x = torch.cat([x, place, place.transpose(2, 3)], 1)
-        seen = []
-        for block in self.conv:                                                              # spatial softmax (Levine et al. 2016) of every
-            x = block(x, condition.repeat_interleave(cameras, 0))                            # layer: where each channel looks, sharpened
+        for block in self.conv:                                                    # spatial softmax (Levine et al. 2016) of every layer:
+            x = block(x, each)                                                     # where each channel looks, sharpened
             at, line = (4 * x.flatten(2)).softmax(-1).view_as(x), torch.linspace(-1, 1, x.shape[-1], device=x.device)
             seen += [at.sum(2) @ line, at.sum(3) @ line]
-        x = torch.cat(seen + [self.fine(x, condition.repeat_interleave(cameras, 0)).flatten(1)], 1)    # (B * cameras, 10 c + 16 * 64)
-        scale, shift = self.select(condition.repeat_interleave(cameras, 0)).chunk(2, 1)
-        x = torch.cat([self.image(F.silu(self.look(x) * (1 + scale) + shift)).view(b, cameras, -1), self.no_camera.expand(b, self.cameras - cameras, -1)], 1)
+        scale, shift = self.select(each).chunk(2, 1)                               # FiLM again: the condition selects among the places
+        x = self.look(torch.cat(seen + [self.fine(x, each).flatten(1)], 1)) * (1 + scale) + shift
+        x = self.image(F.silu(x)).view(b, cameras, -1)
+        x = torch.cat([x, self.no_camera.expand(b, self.cameras - cameras, -1)], 1)
         body = self.no_proprio.expand(b, -1) if proprio is None else self.proprio(proprio)
         tokens = torch.cat([condition[:, None], x, body[:, None], self.action.expand(b, 1, -1)], 1) + self.kind
         return self.head(self.norm(self.blocks(tokens)[:, -1])).view(b, self.chunk, -1)
@@ -171,10 +172,8 @@ class Labels:
         return images, self.tokens[self.episode[rows]].to(device), proprio, target, mask, skill
 
 def augment(images):
-    """The same for every variant: brightness and contrast by +-20 %, and each camera shifted by up to a 64th of its side. A larger
-    shift contradicts proprio: at a 16th of LIBERO's images the policy no longer reached for the object but for its mean place."""
-    b, n, c, s, _ = images.shape
-    pad = s // 64
+    """For every variant alike: contrast and brightness by +-20 %, each camera shifted by up to a 64th (proprio does not shift along)."""
+    (b, n, c, s, _), pad = images.shape, images.shape[-1] // 64
     x = F.pad(images.flatten(0, 1), (pad,) * 4, mode="replicate")
     dy, dx = torch.randint(0, 2 * pad + 1, (2, b * n, 1), device=x.device) + torch.arange(s, device=x.device)
     x = x[torch.arange(b * n, device=x.device)[:, None, None], :, dy[:, :, None], dx[:, None, :]]         # (B * cameras, S, S, 3)
@@ -268,9 +267,8 @@ def finetune(args, variant, sets, pretrained, device):
     if not labelled:
         fail("none of the packed sets has actions: there is nothing to fine-tune on")
     episodes, name = [chosen_demos(s, args.demos) for s in labelled], f"policy_{variant}_{args.demos}"
-    for s in labelled:
-        if not np.isfinite(s.actions).all():
-            fail(f"{s.path}: NaN or infinity in actions")
+    if not all(np.isfinite(s.actions).all() for s in labelled):
+        fail(f"NaN or infinity in the actions of {' or '.join(str(s.path) for s in labelled)}")
     used = [np.concatenate([getattr(s, key)[s.rows(e)] for s, e in zip(labelled, episodes)]) for key in ("proprio", "actions")]
     low, high = used[1].min(0), used[1].max(0)
     mean, scale = (low + high) / 2, np.maximum((high - low) / 2, 1e-3)           # actions in [-1, 1]
@@ -318,10 +316,8 @@ def held_out(agents, sets, args, device):
         errors[name] = float(np.concatenate([a for a, _ in total]).mean() / np.concatenate([b for _, b in total]).mean())
     e = dataset.split("val")[0]
     curves["demonstration"] = dataset.actions[dataset.start[e]:dataset.start[e] + dataset.length[e]]
-    canvas = Image.new("RGB", (900, 20 + 90 * dataset.actions.shape[1]), "white")
-    draw = ImageDraw.Draw(canvas)
-    colours = ["black", "orange", "steelblue", "green", "purple", "brown", "gray", "red"]
-    for c, (name, curve) in zip(colours, reversed(curves.items())):
+    draw = ImageDraw.Draw(canvas := Image.new("RGB", (900, 20 + 90 * dataset.actions.shape[1]), "white"))
+    for c, (name, curve) in zip(["black", "orange", "steelblue", "green", "purple", "brown", "gray", "red"], reversed(curves.items())):
         draw.text((10 + 180 * list(curves).index(name), 4), name, fill=c)
         for d in range(curve.shape[1]):
             span = np.ptp(dataset.actions[:, d]) + 1e-6
