@@ -6,7 +6,7 @@ model (FDM) sees frame t and z_t and must draw frame t+k: I_{t+k} ~ g(I_t, z_t).
 what moved (HiLAM, arXiv 2603.05815, section 3.1; UniSkill, CoRL 2025). Two ways to fail are measured below: a z that is ignored, and a z
 that carries the future frame instead of the motion.
 
-    python lam.py                                                    # toy world, about 4 minutes on two CPU cores
+    python lam.py                                                    # toy world, about 3 minutes on two CPU cores
     python lam.py --data data/libero_10 --out out/libero_10 --gap 10 --latent 32 --steps 4000
 
 Writes OUT/lam.pt, OUT/latents.SET.npy (T, latent) for every packed set, OUT/lam.json and OUT/lam.png.
