@@ -38,7 +38,7 @@ def get_args(argv=None):
     add = parser.add_argument_group("experiment").add_argument
     add("--variant", nargs="+", choices=VARIANTS, default=["hilam", "flat"], help="what to train (default: hilam flat)")
     add("--demos", type=amount, default=0.1, help="labelled demonstrations a task: a count (5) or a share (0.1) (default: %(default)s)")
-    add("--pretrain-steps", type=int, default=1500, help="steps of pretraining; --steps counts fine-tuning (default: %(default)s)")
+    add("--pretrain-steps", type=int, default=2500, help="steps of pretraining; --steps counts fine-tuning (default: %(default)s)")
     add("--video", nargs="+", help="names of the packed sets to pretrain on, of those in --data (default: all)")
     add = parser.add_argument_group("model and optimizer").add_argument
     add("--chunk", type=int, default=10, help="actions predicted at once; 10 in BAKU (default: %(default)s)")
