@@ -139,12 +139,12 @@ def worker(pipe, suite, args):
                 env.set_init_state(states[episode % len(states)])
                 o, _, _ = run([np.array([0, 0, 0, 0, 0, 0, -1.0])] * max(1, args.settle))
                 steps, limit = 0, args.max_steps or SUITES[suite]
-                pipe.send((look(o), task.language))
+                pipe.send((look(o), env.language_instruction))
             else:
                 o, success, n = run(message[:limit - steps])
                 steps += n
                 over = success or steps >= limit
-                pipe.send((success, steps) if over else (look(o), task.language))
+                pipe.send((success, steps) if over else (look(o), env.language_instruction))
     except (EOFError, KeyboardInterrupt):
         pass
     except Exception as error:
