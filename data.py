@@ -204,14 +204,14 @@ def toy_render(hand, opening, objects, held, look, size):
     for top in (False, True):                                                  # the held block lies above the others
         for i, colour in enumerate(BLOCKS.values()):
             paint(box(*objects[:, i].T, BLOCK_HALF, BLOCK_HALF) * ((held == i) == top)[:, None, None], colour)
-    (x, y), gap = hand.T, 0.09 + 0.05 * opening
+    (x, y), gap = hand.T, 0.10 + 0.08 * opening            # wide enough to be seen, frame by frame, at 32 x 32
     if look == "robot":                                                        # a palm plate and two fingers
-        paint(box(x, y - 0.13, 0.15, 0.04), (0.80, 0.15, 0.70))
+        paint(box(x, y - 0.13, gap + 0.03, 0.04), (0.80, 0.15, 0.70))
     else:                                                                      # a sleeve from the table's edge, palm, thumb and finger
         paint(box(x, (y + 1.3) / 2, 0.05, (1.0 - y) / 2), (0.36, 0.45, 0.30))
-        paint(box(x, y + 0.15, 0.11, 0.05), (0.96, 0.66, 0.50))
+        paint(box(x, y + 0.15, gap, 0.05), (0.96, 0.66, 0.50))
     for side in (-1, 1):
-        paint(box(x + side * gap, y + (look == "hand") * 0.03, 0.02, 0.095), (0.45, 0.10, 0.42) if look == "robot" else (0.88, 0.55, 0.40))
+        paint(box(x + side * gap, y + (look == "hand") * 0.03, 0.03, 0.095), (0.45, 0.10, 0.42) if look == "robot" else (0.88, 0.55, 0.40))
     return (image.transpose(0, 2, 3, 1) * 255 + 0.5).astype(np.uint8)
 
 def toy_demonstrate(look, goals, seed, size):

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
 from tqdm import tqdm
 from PIL import Image, ImageDraw
 from data import TOY_SETS, fail, load_checkpoint, load_weights, open_sets, write
@@ -101,7 +103,7 @@ def get_args(argv=None):
     add = parser.add_argument_group("model and optimizer").add_argument
     add("--width", type=int, default=32, help="channels of the first convolution; doubled twice (default: %(default)s)")
     add("--batch", type=int, default=64, help="frame pairs a step, shared equally by the sets (default: %(default)s)")
-    add("--lr", type=float, default=2e-3, help="peak learning rate of AdamW (default: %(default)s)")
+    add("--lr", type=float, default=4e-3, help="peak learning rate of AdamW (default: %(default)s)")
     return parser.parse_args(argv)
 
 # ---------------------------------------------------------------- models
@@ -173,25 +175,21 @@ class FDM(nn.Module):
     def forward(self, now, z):
         z, x, skips = self.embed(z), F.pixel_unshuffle(now - 0.5, self.patch), []
         for block in self.down:
-            x = block(x)
-            skips.append(x)                                              # 16 x 16, 8 x 8, 4 x 4
+            skips.append(x := block(x))                                  # 16 x 16, 8 x 8, 4 x 4
         x = self.middle(x, z)
         for block, skip in zip(self.up, skips[1::-1]):
             x = block(torch.cat([F.interpolate(x, scale_factor=2), skip], 1), z)
         return now + 0.1 * F.pixel_shuffle(self.out(self.last(x, z)), self.patch)      # 0.1: changes are small, steps too
 
 class LAM(nn.Module):
-    """IDM and FDM together. images(...) turns packed rows into the tensors that both take."""
+    """The IDM and the FDM that these arguments (a dict) describe, for square frames of this size."""
 
-    def __init__(self, channels, size, latent, width):
+    def __init__(self, args, size):
         super().__init__()
-        self.idm, self.fdm = IDM(channels, size, latent, width), FDM(channels, size, latent, width)
-
-def build(args, size):
-    """The LAM that these arguments describe, for square frames of this size."""
-    if size % 16:
-        fail(f"frames of {size} pixels: the models cut them to 16 x 16 patches, so pack them at a multiple of 16 (--size)")
-    return LAM(6 if args["wrist"] else 3, size, args["latent"], args["width"])
+        if size % 16:
+            fail(f"frames of {size} pixels: the models cut them to 16 x 16 patches, so pack them at a multiple of 16 (--size)")
+        shape = 6 if args["wrist"] else 3, size, args["latent"], args["width"]
+        self.idm, self.fdm = IDM(*shape), FDM(*shape)
 
 def images(dataset, rows, wrist, device):
     """Rows of a packed dataset -> (B, 3, S, S) in [0, 1], with the wrist camera (B, 6, S, S); one vectorised gather."""
@@ -224,6 +222,50 @@ def effective_rank(z):
     e = np.linalg.eigvalsh(np.cov(z.T)).clip(1e-12)
     return float(np.exp(-(e / e.sum() * np.log(e / e.sum())).sum()))
 
+def gripper_events(dataset, rows, gap):
+    """-1 where the gripper closes between t and t+k, 1 where it opens, else 0, (B,); None where a set does not know. Less than 5 % of
+    its whole way does not count. In LIBERO the opening is the distance of the fingers, the last two numbers of proprio."""
+    if dataset.truth("motion") is not None:
+        change = sum(dataset.truth("motion")[rows + i, 2] for i in range(gap))
+    elif dataset.proprio is not None and dataset.proprio.shape[1] == 9:
+        opening = dataset.proprio[:, -2] - dataset.proprio[:, -1]
+        change = (opening[rows + gap] - opening[rows]) / max(np.ptp(opening), 1e-6)
+    else:
+        return None
+    return np.sign(change) * (np.abs(change) > 0.05)
+
+def probe(sets, latents, gap):
+    """What linear probes, fitted on training episodes, read from held-out latents. The only place where this stage opens actions.
+
+    action_r2 (list): R^2 of the true actions' sum over the gap. gripper_f1: F1 of "closes" and "opens", frame by frame, their mean.
+    transfer_r2: R^2 of the robot's true dx, dy from a probe fitted on hand video. layout_r2, layout_r2_random: R^2 of the places of the
+    blocks that stand still, from the latent and from a random vector: a latent that knows them has copied the frame."""
+    found = {key: [] for key in ("action_r2", "gripper_f1", "layout_r2", "layout_r2_random")}
+    summed = lambda array, rows: sum(np.asarray(array[rows + i], np.float64) for i in range(gap))
+    for dataset, z in zip(sets, latents):
+        train, val = (dataset.rows(dataset.split(name), gap) for name in ("train", "val"))
+        actions, layout = dataset.truth("actions") if "truth_actions" in dataset.arrays else dataset.actions, dataset.truth("layout")
+        if actions is not None:
+            found["action_r2"].append(ridge(z[train], summed(actions, train), z[val], summed(actions, val)))
+        grip = [gripper_events(dataset, rows, gap) for rows in (train, val)]
+        if grip[0] is not None and len(np.unique(grip[0])) == 3:
+            guess = LogisticRegression(max_iter=500).fit(z[train], grip[0]).predict(z[val])
+            found["gripper_f1"].append(f1_score(grip[1], guess, labels=[-1, 1], average="macro"))
+        if layout is not None:
+            noise = np.random.default_rng(0).standard_normal(z.shape)
+            for d in range(8):                                           # x and y of each block, over the frames in which it stands still
+                still = [rows[layout[rows, d] == layout[rows + gap, d]] for rows in (train, val)]
+                for key, x in (("layout_r2", z), ("layout_r2_random", noise)):
+                    found[key].append(ridge(x[still[0]], layout[still[0], d:d + 1], x[still[1]], layout[still[1], d:d + 1]))
+    figures = {key: float(np.mean(value)) if value else None for key, value in found.items()}
+    figures |= dict(action_r2=np.mean(found["action_r2"], 0).tolist() if found["action_r2"] else [], action_r2_mean=figures["action_r2"])
+    a, b = sets[0], sets[-1]
+    if len(sets) > 1 and a.truth("motion") is not None and b.truth("motion") is not None:
+        i, j = a.rows(a.split("train"), gap), b.rows(b.split("val"), gap)
+        motion = [summed(d.truth("motion"), rows)[:, :2] for d, rows in ((a, i), (b, j))]
+        figures["transfer_r2"] = ridge(latents[0][i], motion[0], latents[-1][j], motion[1]).tolist()
+    return figures
+
 @torch.no_grad()
 def encode(model, dataset, args, device, batch=256):
     """Latents of every row, (T, latent) float32; zeros for the last k frames of an episode, which have no frame t+k."""
@@ -244,15 +286,7 @@ def evaluate(model, sets, latents, args, device):
             latent = [torch.from_numpy(z[r[part]]).to(device) for r in (rows, shuffled)]
             errors.append([float(ratio(model.fdm(now, v), future, now)) for v in (latent[0], latent[1], torch.zeros_like(latent[0]))])
     figures = dict(zip(("fdm_error", "fdm_error_shuffled", "fdm_error_zero"), np.mean(errors, 0).tolist()))
-    probes = []
-    for dataset, z in zip(sets, latents):
-        actions = dataset.truth("actions") if "truth_actions" in dataset.arrays else dataset.actions
-        if actions is not None:                                          # a probe, and the only place where this stage reads actions
-            rows = [dataset.rows(dataset.split(name), args.gap) for name in ("train", "val")]
-            summed = [sum(np.asarray(actions[r + i], np.float64) for i in range(args.gap)) for r in rows]
-            probes.append(ridge(z[rows[0]], summed[0], z[rows[1]], summed[1]).tolist())
-    figures["action_r2"] = np.mean(probes, 0).tolist() if probes else []
-    figures["action_r2_mean"] = float(np.mean(probes)) if probes else None
+    figures |= probe(sets, latents, args.gap)
     figures["effective_rank"] = effective_rank(np.concatenate([z[d.rows(d.split("val"), args.gap)] for d, z in zip(sets, latents)]))
     return figures
 
@@ -281,11 +315,10 @@ def main():
     index = [s.rows(s.split("train"), args.gap) for s in sets]
     if any(len(i) == 0 for i in index):
         fail(f"--gap {args.gap} is longer than every episode of a set")
-    model = build(vars(args), sets[0].frames.shape[1]).to(device, memory_format=torch.channels_last)     # twice as fast on CPU
+    model = LAM(vars(args), sets[0].frames.shape[1]).to(device, memory_format=torch.channels_last)     # twice as fast on CPU
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)
     (first, begin), loading, seen = resume(path, "lam", args, model, optimizer), 0.0, []
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{size:.2f} M parameters, {sum(map(len, index))} training pairs from {', '.join(s.name for s in sets)}")
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {sum(map(len, index))} training pairs")
     for step in tqdm(range(first, args.steps), "lam", initial=first, total=args.steps, disable=None):
         mark, rng = time.time(), step_rng(args.seed, step)
         now, future = get_batch(sets, index, args, rng, device)
@@ -306,8 +339,7 @@ def main():
             tqdm.write(f"step {step + 1:6d}  error/copy {np.mean(seen[-args.log_every:]):.4f}  {speed:.0f} frames/s  loading {share:.0f} %")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             save_checkpoint(path, "lam", args, step + 1, model, optimizer, begin)
-    latents = [encode(model, s, args, device) for s in sets]
-    for dataset, z in zip(sets, latents):
+    for dataset, z in zip(sets, latents := [encode(model, s, args, device) for s in sets]):
         write(Path(args.out, f"latents.{dataset.name}.npy"), z)
     figures = evaluate(model, sets, latents, args, device) | dict(seconds=time.time() - begin)
     write(Path(args.out, "lam.json"), figures)

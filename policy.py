@@ -48,6 +48,7 @@ def get_args(argv=None):
     add("--no-low-text", dest="low_text", action="store_false", help="tell the low level the skill only, not the text as well")
     add("--batch", type=int, default=64, help="frames a step, shared equally by the sets (default: %(default)s)")
     add("--lr", type=float, default=7e-4, help="peak learning rate of AdamW (default: %(default)s)")
+    add("--finetune-lr", type=float, default=2e-4, help="the same where pretrained weights are fine-tuned (default: %(default)s)")
     return parser.parse_args(argv)
 
 def amount(text):
@@ -248,8 +249,7 @@ def pretrain(args, sets, skill, action, device):
     labels = [Labels(s, s.split("train"), t, k, gap) for s, t, k in zip(video, targets, skills)]
     shape = data_shape(sets) | dict(target=targets[0].shape[1], skill=skills[0].shape[1] if skill else 0)
     shape["high_cameras"] = 1 + all(s.wrist is not None for s in video)
-    own = {k: v for k, v in vars(args).items() if k not in ("variant", "demos", "pretrain_steps")}           # what pretraining depends on
-    own = argparse.Namespace(**own | dict(steps=args.pretrain_steps))
+    own = argparse.Namespace(**vars(args) | dict(variant=None, demos=None, finetune_lr=None, steps=args.pretrain_steps))
     agent = Agent(shape, args).to(device)
 
     def objective(images, tokens, proprio, target, mask, label):
@@ -282,7 +282,7 @@ def finetune(args, variant, sets, pretrained, device):
             module.requires_grad_(False)
     for key, value in dict(proprio_mean=used[0].mean(0), proprio_scale=used[0].std(0) + 1e-3, target_mean=mean, target_scale=scale).items():
         getattr(agent, key).copy_(torch.from_numpy(value))
-    own = argparse.Namespace(**vars(args) | dict(variant=variant))
+    own = argparse.Namespace(**vars(args) | dict(variant=variant, lr=args.finetune_lr if pretrained else args.lr))
     objective = lambda images, tokens, proprio, target, mask, _: dict(action=l1(agent(images, tokens, proprio), target, mask))
     return agent, name, *train(agent, labels, own, Path(args.out, f"{name}.pt"), "policy", device, objective)
 

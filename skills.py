@@ -34,7 +34,7 @@ from lam import Block, draw_strip, get_lr, resume, save_checkpoint, setup, stage
 def get_args(argv=None):
     parser = stage_parser(__doc__, steps=600)
     add = parser.add_argument_group("H-Net").add_argument
-    add("--chunk", type=float, nargs="+", default=[12, 3], help="N: target length of a chunk, one number a stage (default: %(default)s)")
+    add("--chunk", type=float, nargs="+", default=[15, 3], help="N: target length of a chunk, one number a stage (default: %(default)s)")
     add("--width", type=int, nargs="+", default=[64], help="vector width: one, or one a stage and one on top (default: %(default)s)")
     add("--layers", type=int, default=1, help="blocks in every encoder, decoder and the top network (default: %(default)s)")
     add = parser.add_argument_group("loss and optimizer").add_argument
@@ -301,7 +301,7 @@ def main():
     fdm, gap, lam_path = None, 0, Path(args.out, "lam.pt")
     if lam_path.exists():
         record = load_checkpoint(lam_path, "lam")
-        model = lam.build(record["args"], sets[0].frames.shape[1])
+        model = lam.LAM(record["args"], sets[0].frames.shape[1])
         load_weights(model, record, lam_path)
         fdm, gap = model.fdm.to(device).requires_grad_(False), record["args"]["gap"]
         fdm.wrist, fdm.gap = record["args"]["wrist"], gap

@@ -1,6 +1,5 @@
 """
-Tests of all stages: chunking against naive loops, causality, importers on files written here, every stage end to end on a tiny toy set,
-interruptions, bad input, and two short episodes in LIBERO's simulator where it is installed. About two minutes on two CPU cores:
+Tests of all stages, bad input included, and two short episodes in LIBERO's simulator where it is installed. Two minutes on two CPU cores:
 
     python -m pytest -q test_all.py
 """
@@ -47,8 +46,7 @@ contents = lambda folder: {str(p.relative_to(folder)): p.read_bytes() for p in f
 def random_hnet(widths, latent=5):
     torch.manual_seed(3)                                           # all weights random: as built, blocks are the identity and hide mistakes
     model = skills.HNet(latent, list(widths), len(widths) - 1, 1).requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.normal_(std=0.3)
+    [parameter.normal_(std=0.3) for parameter in model.parameters()]
     return model.eval()
 
 # ---------------------------------------------------------------- dynamic chunking and H-Net
@@ -80,9 +78,8 @@ def test_chunk_and_dechunk_equal_the_loop():
         assert torch.allclose(ours, true, atol=1e-4) and true.abs().max() > 0.1
 
 def test_straight_through_estimator():
-    c, weight = torch.tensor([0.2, 0.7, 1.0], requires_grad=True), torch.tensor([1.0, 2, 3])
-    (skills.ste(c) * weight).sum().backward()
-    assert torch.allclose(skills.ste(c), torch.ones(3)) and torch.equal(c.grad, weight)
+    (skills.ste(c := torch.tensor([0.2, 0.7, 1], requires_grad=True)) * torch.arange(3)).sum().backward()
+    assert torch.allclose(skills.ste(c), torch.ones(3)) and c.grad.tolist() == [0, 1, 2]
 
 @pytest.mark.parametrize("marked, probability, n, expected", [(1, 0.25, 4, 1), (2, 0.5, 4, 4 / 3), (4, 1.0, 4, 4), (0, 0.0, 3, 1.5)])
 def test_ratio_loss(marked, probability, n, expected):
@@ -123,6 +120,12 @@ def test_skills_at_frame_rate_equal_the_loop(widths):
             at = [at[j] for j in kept]
     assert all(np.array_equal((np.diff(v, axis=0) != 0).any(1), b[1:]) for v, b in zip(vectors, boundaries.T))     # one segment, one skill
 
+def test_probes_tell_motion_from_layout(run):
+    sets = [data.Packed(run / "data/toy" / name) for name in ("hand", "robot")]
+    moved, placed = (lam.probe(sets, [np.array(s.truth(key)) for s in sets], 1) for key in ("motion", "layout"))
+    assert min(moved["transfer_r2"]) > 0.99 and moved["gripper_f1"] > 0.9 and moved["layout_r2"] < 0.2
+    assert max(placed["transfer_r2"]) < 0.5 and placed["gripper_f1"] < 0.5 and placed["layout_r2"] > 0.95
+
 # ---------------------------------------------------------------- packed data, the toy world and importers
 def test_pack_round_trip_and_targets(tmp_path):
     rng = np.random.default_rng(0)
@@ -140,8 +143,7 @@ def test_pack_round_trip_and_targets(tmp_path):
     assert policy.l1(torch.where(mask[..., None], target + 0.5, 1e6), target, mask).item() == pytest.approx(0.5)
 
 def test_toy_depends_on_the_seed_alone(tmp_path):
-    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        data.pack_toy(tmp_path / name, hand=4, demos=1, seed=seed)
+    [data.pack_toy(tmp_path / name, hand=4, demos=1, seed=seed) for name, seed in zip("abc", (3, 3, 4))]
     a, b, c = (contents(tmp_path / name) for name in "abc")
     assert a == b and all(a[key] != c[key] for key in ("hand/frames.bin", "robot/frames.bin", "robot/actions.bin"))
 
@@ -161,9 +163,8 @@ def test_toy_demonstrations_replayed_succeed(run):
         assert np.abs(world.objects[0, blocks] - world.objects[0, trays]).max() < data.TRAY_HALF       # as the text says
 
 def write_libero(folder, demos=12, frames=5, **change):            # official schema; row j of demo i can be told in every array
-    h5py, j, path = pytest.importorskip("h5py"), np.arange(frames)[:, None], folder / "put_the_bowl_on_the_stove_demo.hdf5"
-    folder.mkdir()
-    with h5py.File(path, "w") as file:
+    h5py, j, _ = pytest.importorskip("h5py"), np.arange(frames)[:, None], folder.mkdir()
+    with h5py.File(path := folder / "put_the_bowl_on_the_stove_demo.hdf5", "w") as file:
         file.create_group("data").attrs["problem_info"] = json.dumps(dict(language_instruction="put the bowl on the stove"))
         for i in range(demos):
             image = lambda value: np.tile(value.astype(np.uint8)[:, :, None, None], (1, 16, 16, 3))
@@ -183,16 +184,16 @@ def test_libero_import(tmp_path):
         assert np.allclose(packed.proprio[t], [i + j / 10] * 7 + [-i - j / 10] * 2)
         assert np.allclose(packed.actions[t], [i + (j + 1) / 100] * 7)     # obs[j] was seen after actions[j], so the next is to be learnt
     call(data, "libero", "--src", tmp_path / "raw", "--out", tmp_path / "video", "--size", 32, "--actions", "none", "--demos", 11)
-    video = data.Packed(tmp_path / "video")
-    assert video.actions is None and video.proprio is None and video.frames.shape == (44, 32, 32, 3) and (video.frames[43] == 103).all()
+    assert (video := data.Packed(tmp_path / "video")).actions is None and video.proprio is None
+    assert video.frames.shape == (44, 32, 32, 3) and (video.frames[43] == 103).all()
 
 def test_video_import(tmp_path):
     pytest.importorskip("av"), (tmp_path / "raw/201").mkdir(parents=True)
     grey = [Image.new("RGB", (40, 30), (50 * i,) * 3) for i in range(5)]
     grey[0].save(tmp_path / "raw/35.gif", save_all=True, append_images=grey[1:], duration=40)
     [image.save(tmp_path / f"raw/201/{i:04d}.png") for i, image in enumerate(grey)]
-    labels = [dict(id="35", label="pushing a cup", template="Pushing [something]"), dict(id="201", label="holding a pen")]
-    (tmp_path / "labels.json").write_text(json.dumps(labels))      # as Something-Something's
+    labels = json.dumps([dict(id="35", label="pushing a cup", template="Pushing [something]"), dict(id="201", label="holding a pen")])
+    (tmp_path / "labels.json").write_text(labels)                  # as Something-Something's
     call(data, "video", "--src", tmp_path / "raw", "--labels", tmp_path / "labels.json", "--out", tmp_path / "set", "--size", 16)
     packed = data.Packed(tmp_path / "set")
     assert [e["text"] for e in packed.episodes] == ["holding a pen", "pushing a cup"] and packed.actions is None
@@ -210,7 +211,7 @@ def test_what_the_stages_write(run):
     assert all(set(reports["policy"][k]) == {"policy_pretrain_z2_z0", "policy_hilam_1", "policy_flat_1"} for k in ("losses", "seconds"))
     assert set(reports["eval_toy_flat"]["per_task"]) == {"0", "3"} and reports["eval_toy_flat"]["episodes"] == 2
     for packed in (data.Packed(run / "data/toy" / name) for name in ("hand", "robot")):
-        assert (packed.actions is None and packed.proprio is None) == (packed.name == "hand")
+        assert (packed.actions is None) == (packed.proprio is None) == (packed.name == "hand")
         arrays = {key: np.load(out / f"{key}.{packed.name}.npy") for key in ("latents", "skills1", "skills2", "boundaries")}
         assert all(len(a) == packed.total and np.isfinite(a).all() and a.std() > 0 for a in arrays.values())
         assert arrays["boundaries"].shape[1] == 2 and arrays["boundaries"][packed.start].all()
@@ -224,8 +225,8 @@ def test_what_the_stages_write(run):
 def test_three_stages_on_clips_shorter_than_the_gap(tmp_path):
     clips = [dict(frames=np.random.default_rng(0).integers(0, 256, (n, 16, 16, 3), np.uint8)) for n in (20, 14, 4, 6)]
     data.pack(tmp_path / "video", zip("abcd", "abcd", ["val", "train", "train", "train"], clips))
-    for module, words in ((lam, ["--gap", 5]), (skills, ["--chunk", 4, 2, 2, "--width", 16, 20, 24, 28])):
-        call(module, "--data", tmp_path / "video", "--out", tmp_path, *TINY[module], *words)
+    call(lam, "--data", tmp_path / "video", "--out", tmp_path, *TINY[lam], "--gap", 5)
+    call(skills, "--data", tmp_path / "video", "--out", tmp_path, *TINY[skills], "--chunk", 4, 2, 2, "--width", 16, 20, 24, 28)
     assert np.load(tmp_path / "skills3.video.npy").shape == (44, 24) and np.load(tmp_path / "boundaries.video.npy").shape == (44, 3)
     assert json.loads((tmp_path / "lam.json").read_text())["action_r2_mean"] is None       # there are no actions to compare with
 
@@ -246,8 +247,7 @@ def test_interrupted_training_ends_in_the_same_weights(out, monkeypatch, module,
 def test_interrupted_evaluation_goes_on(out):
     log, words = out / "eval_toy_flat.jsonl", ["--out", out, "--variant", "flat", *TINY[eval_libero]]
     first, second = log.read_text().splitlines()
-    changed = json.dumps(json.loads(first) | dict(success=True))
-    log.write_text(changed + "\n" + second[:30])                   # one episode done, the other's line cut off by the kill
+    log.write_text((changed := json.dumps(json.loads(first) | dict(success=True))) + "\n" + second[:30])   # the kill cut a line
     call(eval_libero, *words)
     text = log.read_text()
     assert text.startswith(changed) and second in text and json.loads((out / "eval_toy_flat.json").read_text())["success_rate"] == 0.5
@@ -321,24 +321,23 @@ def test_ensemble_equals_the_loop(execute):
                 assert np.allclose(action, np.average(values, 0, weights))
 
 ASSETS = [Path(p, "libero/assets/scenes") for s in [importlib.util.find_spec("libero")] if s for p in s.submodule_search_locations]
-
 @pytest.mark.skipif(not any(p.exists() for p in ASSETS), reason="LIBERO or its assets are not installed")
 def test_libero_episodes(tmp_path, monkeypatch):
     monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path / "config"))
     args, seen, act = policy.get_args(["--demos", "5"]), [], policy.Agent.act
     agent = policy.Agent(dict(size=64, cameras=2, high_cameras=1, proprio=9, skill=8, target=7), args)
-    record = dict(stage="policy", args=vars(args), step=args.steps, model=agent.state_dict(), shape=agent.shape)
-    torch.save(record, tmp_path / "policy_hilam_5.pt")
+    parts = dict(stage="policy", args=vars(args), step=args.steps, model=agent.state_dict(), shape=agent.shape)
+    torch.save(parts, tmp_path / "policy_hilam_5.pt")
     monkeypatch.setattr(policy.Agent, "act", lambda self, *observed: seen.append([*observed, act(self, *observed)]) or seen[-1][-1])
     call(eval_libero, "--suite", "libero_object", "--variant", "hilam", "--demos", 5, "--out", tmp_path, "--tasks", 0, "--episodes", 2,
          "--max-steps", 10, "--execute", 8, "--settle", 2, "--workers", 1, "--camera", 64)
     assert json.loads((tmp_path / "eval_libero_object_hilam.json").read_text())["episodes"] == 2 and len(seen) == 4
-    assert len((tmp_path / "config/config.yaml").read_text().splitlines()) == 5
     from libero.libero import benchmark, get_libero_path           # the same actions in the official loop give the same observations
     from libero.libero.envs import OffScreenRenderEnv
     task, folder = benchmark.get_benchmark("libero_object")().get_task(0), lambda key: Path(get_libero_path(key), "libero_object")
-    sentence = "pick the alphabet soup and place it in the basket"        # the demonstrations'; the benchmark says "pick up the ..."
     states = torch.load(folder("init_states") / task.init_states_file, weights_only=False)
+    assert len((tmp_path / "config/config.yaml").read_text().splitlines()) == 5
+    sentence = "pick the alphabet soup and place it in the basket"        # of the demonstrations; the benchmark says "pick up the ..."
     env = OffScreenRenderEnv(bddl_file_name=str(folder("bddl_files") / task.bddl_file), camera_heights=64, camera_widths=64)
     for episode in range(2):
         env.seed(0), env.reset(), env.set_init_state(states[episode])
