@@ -48,7 +48,7 @@ def get_args(argv=None):
     add("--no-low-text", dest="low_text", action="store_false", help="tell the low level the skill only, not the text as well")
     add("--batch", type=int, default=64, help="frames a step, shared equally by the sets (default: %(default)s)")
     add("--lr", type=float, default=7e-4, help="peak learning rate of AdamW (default: %(default)s)")
-    add("--finetune-lr", type=float, default=2e-4, help="the same where pretrained weights are fine-tuned (default: %(default)s)")
+    add("--finetune-lr", type=float, default=3e-4, help="the same where pretrained weights are fine-tuned (default: %(default)s)")
     return parser.parse_args(argv)
 
 def amount(text):
