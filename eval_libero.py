@@ -8,14 +8,16 @@ cameras are rendered only when it decides, every --execute steps.
 
     python eval_libero.py                                                        # toy world: hilam and flat, 100 episodes each
     python eval_libero.py --suite libero_object --out out/libero_object --demos 5 --episodes 20
+    python eval_libero.py --suite libero_object --replay DATASETS/libero_object --out out/replay      # demonstrations' own actions
 
 Appends a line an episode to OUT/eval_SUITE_VARIANT.jsonl, from which a killed evaluation goes on; writes OUT/eval_SUITE_VARIANT.json, GIFs
-of a success and of a failure, and OUT/eval_SUITE.png, success by task. Intervals are Wilson's, 95 %.
+of a success and of a failure, and OUT/eval_SUITE.png, success by number of demonstrations. Intervals are Wilson's, 95 %.
 """
-import argparse, importlib.util, json, math, multiprocessing, os, time
+import argparse, importlib.util, itertools, json, math, multiprocessing, os, time
 from ctypes.util import find_library
 from multiprocessing.connection import wait
 from pathlib import Path
+from xml.etree import ElementTree
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -25,6 +27,7 @@ from lam import setup
 from policy import VARIANTS, amount, load_agent
 
 SUITES = dict(toy=TOY_LIMIT, libero_spatial=220, libero_object=280, libero_goal=300, libero_10=520)     # the most steps of an episode
+COLOURS = ["steelblue", "darkorange", "green", "purple", "brown", "crimson", "gray"]                    # of the variants, in pictures
 INSTALL = "pip install -r requirements.txt && pip install --no-deps libero==0.1.1 bddl==1.0.1"
 
 def get_args(argv=None):
@@ -32,8 +35,8 @@ def get_args(argv=None):
     add = parser.add_argument
     add("--suite", default="toy", help=f"{', '.join(SUITES)} (default: %(default)s)")
     add("--variant", nargs="+", default=["hilam", "flat"], metavar="NAME", help="trained variants to evaluate (default: hilam flat)")
-    add("--demos", type=amount, default=0.1, help="the --demos that policy.py was fine-tuned with (default: %(default)s)")
-    add("--out", default="out/toy", help="run folder, one for all stages (default: %(default)s)")
+    add("--demos", type=amount, nargs="+", default=[0.1], help="the --demos that policy.py was fine-tuned with (default: 0.1)")
+    add("--out", nargs="+", default=["out/toy"], help="run folder; several, one a seed, are pooled in the table (default: out/toy)")
     add("--episodes", type=int, default=10, help="episodes a task (default: %(default)s)")
     add("--tasks", type=int, nargs="+", help="task numbers, 0 to 9 (default: all)")
     add("--execute", type=int, help="steps between two decisions; overlapping chunks are averaged (default: toy 1, LIBERO 8)")
@@ -41,6 +44,7 @@ def get_args(argv=None):
     add("--settle", type=int, default=10, help="LIBERO: steps of rest before the policy acts (default: %(default)s)")
     add("--workers", type=int, default=2, help="LIBERO: environments, one process each (default: %(default)s)")
     add("--camera", type=int, default=128, help="LIBERO: side of the rendered images, resized to the policy's (default: %(default)s)")
+    add("--replay", metavar="DIR", help="LIBERO: instead of a policy's, play the actions of the HDF5 files in DIR")
     add("--seed", type=int, default=0, help="seed of the environments (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     return parser.parse_args(argv)
@@ -71,8 +75,7 @@ class ToyPool:
                 self.alive[i] = False
         return ended
 
-    def close(self):
-        pass
+    close = lambda self: None
 
 # ---------------------------------------------------------------- LIBERO's environments, one process each
 def prepare_libero():
@@ -90,6 +93,23 @@ def prepare_libero():
         config.parent.mkdir(parents=True, exist_ok=True)
         folders = dict(benchmark_root=".", bddl_files="bddl_files", init_states="init_files", datasets="datasets", assets="assets")
         config.write_text("".join(f"{key}: {root / folder}\n" for key, folder in folders.items()))
+
+def replay(env, path, number):
+    """Bring the simulator to a demonstration's first state; returns its actions. Where fixtures stand is in its model, not in its state."""
+    import h5py
+    with h5py.File(path) as file:
+        names = sorted(file["data"], key=lambda name: int(name.split("_")[1]))
+        if number >= len(names):
+            raise ValueError(f"{path} holds {len(names)} demonstrations, choose --episodes {len(names)}")
+        demo = file["data"][names[number]]
+        state, actions, model = demo["states"][0], demo["actions"][:], env.env.sim.model
+        for body in ElementTree.fromstring(demo.attrs["model_file"]).find("worldbody").findall("body"):
+            if body.get("name") in model.body_names:
+                i = model.body_name2id(body.get("name"))
+                model.body_pos[i] = [float(x) for x in body.get("pos", "0 0 0").split()]
+                model.body_quat[i] = [float(x) for x in body.get("quat", "1 0 0 0").split()]
+    env.set_init_state(state)
+    return actions
 
 def worker(pipe, suite, args):
     """One process, one environment at a time. Receives (task, episode) or actions (n, 7); sends observations and outcomes."""
@@ -136,6 +156,9 @@ def worker(pipe, suite, args):
                 cameras_on(True)
                 env.seed(args.seed)                                # this order: seed, reset, then the fixed state
                 env.reset()
+                if args.replay:
+                    pipe.send(run(replay(env, Path(args.replay, f"{task.name}_demo.hdf5"), episode))[1:])
+                    continue
                 env.set_init_state(states[episode % len(states)])
                 o, _, _ = run([np.array([0, 0, 0, 0, 0, 0, -1.0])] * max(1, args.settle))
                 steps, limit = 0, args.max_steps or SUITES[suite]
@@ -155,7 +178,7 @@ class LiberoPool:
     """The same interface as ToyPool, over --workers processes (spawned: a simulator must not be forked)."""
 
     def __init__(self, jobs, args, size):
-        self.queue, self.jobs, self.size, self.observed, self.steps = list(range(len(jobs)))[::-1], jobs, size, {}, 0
+        self.queue, self.jobs, self.size, self.observed = list(range(len(jobs)))[::-1], jobs, size, {}
         context, self.pipes, self.slot = multiprocessing.get_context("spawn"), [], {}
         for _ in range(min(args.workers, len(jobs))):
             ours, theirs = context.Pipe()
@@ -196,7 +219,6 @@ class LiberoPool:
     def execute(self, slots, actions):
         for s, a in zip(slots, actions):
             self.observed.pop(s)[0].send(a)
-            self.steps += len(a)
         return self.receive()
 
     def close(self):
@@ -229,11 +251,11 @@ def wilson(successes, n, z=1.96):
 
 def evaluate(args, variant, device):
     """Roll out one variant; returns the record that eval_SUITE_VARIANT.json holds."""
-    agent = load_agent(args.out, variant, args.demos, device)
-    stem = Path(args.out, f"eval_{args.suite}_{variant}")
-    execute = min(args.execute or (1 if args.suite == "toy" else 8), agent.low.chunk)
+    path, stem = Path(args.out, f"policy_{variant}_{args.demos}.pt"), Path(args.out, f"eval_{args.suite}_{variant}")
+    agent = None if args.replay else load_agent(args.out, variant, args.demos, device)
+    execute = min(args.execute or (1 if args.suite == "toy" else 8), agent.low.chunk if agent else 8)
     settings = {k: v for k, v in vars(args).items() if k not in ("variant", "tasks", "episodes", "workers", "out", "device")}
-    settings |= dict(execute=execute, trained=os.path.getmtime(Path(args.out, f"policy_{variant}_{args.demos}.pt")))     # which policy
+    settings |= dict(execute=execute, trained=os.path.getmtime(path) if agent else None)       # which policy
     log, done = stem.with_suffix(".jsonl"), {}
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     if lines and not lines[-1].endswith("\n"):                                   # a kill cut the last line off
@@ -246,7 +268,7 @@ def evaluate(args, variant, device):
     jobs = sorted(j for j in wanted if j not in done)                            # task by task: a LIBERO scene is slow to build
     films, begin, steps = {}, time.time(), 0
     if jobs:
-        pool, ensemble = (ToyPool if args.suite == "toy" else LiberoPool)(jobs, args, agent.shape["size"]), Ensemble()
+        pool, ensemble = (ToyPool if args.suite == "toy" else LiberoPool)(jobs, args, agent and agent.shape["size"]), Ensemble()
         bar, left, ended = tqdm(total=len(jobs), desc=f"{args.suite} {variant}", disable=None), len(jobs), []
         with open(log, "a") as file:
             while left:
@@ -262,11 +284,10 @@ def evaluate(args, variant, device):
                     done[jobs[slot]] = record
                     file.write(json.dumps(record | dict(settings=settings)) + "\n"), file.flush()
                     left, steps = left - 1, steps + n
-                    keep(films.pop(slot), stem, "success" if success else "failure", args.suite != "toy")
+                    keep(films.pop(slot, []), stem, "success" if success else "failure", args.suite != "toy")
                     bar.update()
         pool.close(), bar.close()
-    results = [done[j] for j in wanted]
-    per_task = {}
+    results, per_task = [done[j] for j in wanted], {}
     for t in args.tasks or range(10):
         won = [r["success"] for r in results if r["task"] == t]
         per_task[str(t)] = dict(success_rate=float(np.mean(won)), ci95=wilson(sum(won), len(won)), episodes=len(won))
@@ -279,43 +300,51 @@ def evaluate(args, variant, device):
 def keep(film, stem, outcome, upside_down):
     """Save the first success and the first failure as GIFs, three times as large."""
     path = Path(f"{stem}_{outcome}.gif")
-    if not path.exists():
+    if film and not path.exists():
         images = [Image.fromarray(np.ascontiguousarray(f[::-1] if upside_down else f)) for f in film]
         images = [i.resize((max(192, i.width),) * 2, Image.NEAREST) for i in images]
         images[0].save(path, save_all=True, append_images=images[1:], duration=100 if not upside_down else 300, loop=0)
 
-def table(out, suite):
-    """Print every evaluation of this suite in the run folder; draw success by task as bars."""
-    records = [json.loads(p.read_text()) for p in sorted(Path(out).glob(f"eval_{suite}_*.json"))]
-    canvas = Image.new("RGB", (640, 20 + 130 * len(records)), "white")
-    draw = ImageDraw.Draw(canvas)
-    for i, r in enumerate(records):
-        draw.text((10, 8 + 130 * i), f"{r['variant']}: {r['success_rate']:.2f}, and task by task", fill="black")
-        for t, v in r["per_task"].items():
-            x, y = 10 + 62 * int(t), 125 + 130 * i
-            draw.rectangle([x, y - 90, x + 50, y], outline="gray")
-            draw.rectangle([x, y - 90 * v["success_rate"], x + 50, y], fill="steelblue")
-    write(Path(out, f"eval_{suite}.png"), canvas)
-    print(f"\n{'suite':15} {'variant':14} {'demos a task':>12} {'success':>8}   {'95 % interval':14} episodes")
+def report(records, suite, path):
+    """Print success by variant and number of demonstrations, pooled over run folders (seeds); draw it with its intervals."""
+    cells, last = {}, {}
     for r in records:
-        low, high = r["ci95"]
-        print(f"{r['suite']:15} {r['variant']:14} {r['demos']:>12} {r['success_rate']:8.2f}   [{low:.2f}, {high:.2f}]   {r['episodes']:8d}")
+        cells.setdefault((r["variant"], r["demos"]), []).append(r)
+    demos, canvas = sorted({d for _, d in cells}), Image.new("RGB", (640, 420), "white")
+    draw, place = ImageDraw.Draw(canvas), lambda d, p, i=0: (90 + 400 * demos.index(d) / max(1, len(demos) - 1) + 9 * i, 380 - 350 * p)
+    for p in (0, 0.25, 0.5, 0.75, 1):
+        draw.line([(60, 380 - 350 * p), (620, 380 - 350 * p)], fill="lightgray"), draw.text((20, 374 - 350 * p), f"{p:.2f}", fill="black")
+    [draw.text((place(d, 0)[0] - 8, 390), str(d), fill="black") for d in demos]
+    print(f"\n{'suite':15} {'variant':14} {'demos a task':>12} {'success':>8}   {'95 % interval':14} {'episodes':8}   by run folder")
+    names = list(dict.fromkeys(variant for variant, _ in cells))
+    for (variant, d), runs in sorted(cells.items(), key=lambda cell: (cell[0][1], names.index(cell[0][0]))):
+        i, n, rates = names.index(variant), sum(r["episodes"] for r in runs), [r["success_rate"] for r in runs]
+        rate, colour = float(np.average(rates, weights=[r["episodes"] for r in runs])), COLOURS[i % len(COLOURS)]
+        low, high = wilson(round(rate * n), n)
+        print(f"{suite:15} {variant:14} {d:>12} {rate:8.2f}   [{low:.2f}, {high:.2f}]   {n:8d}   {' '.join(f'{x:.2f}' for x in rates)}")
+        x, y = at = place(d, rate, i)
+        draw.text((x + 6, y - 6), variant, fill=colour), draw.line([place(d, low, i), place(d, high, i)], fill=colour, width=2)
+        draw.line([last.get(variant, at), at], fill=colour, width=2)
+        last[variant] = at
+    write(path, canvas)
 
 def main():
     args = get_args()
     if args.suite not in SUITES:
         fail(f"--suite {args.suite}: no such suite; there are {', '.join(SUITES)}")
-    for variant in args.variant:
-        if variant not in VARIANTS:
-            fail(f"--variant {variant}: no such variant; there are {', '.join(VARIANTS)}")
+    if not set(args.variant) <= set(VARIANTS):
+        fail(f"--variant {' '.join(args.variant)}: no such variant; there are {', '.join(VARIANTS)}")
     if args.tasks and not set(args.tasks) <= set(range(10)) or args.episodes < 1:
         fail("--tasks are numbers from 0 to 9, and --episodes is at least 1")
-    device = setup(args)
+    if args.replay and (args.suite == "toy" or not Path(args.replay).is_dir()):
+        fail(f"--replay {args.replay}: no such folder" if args.suite != "toy" else "--replay is for LIBERO's suites")
     if args.suite != "toy":
         prepare_libero()
-    for variant in args.variant:
-        evaluate(args, variant, device)
-    table(args.out, args.suite)
+    records = []
+    for out, demos in itertools.product(args.out, args.demos):
+        own = argparse.Namespace(**vars(args) | dict(out=out, demos=demos))
+        records += [evaluate(own, variant, setup(own)) for variant in (["replay"] if args.replay else args.variant)]
+    report(records, args.suite, Path(args.out[0], f"eval_{args.suite}.png"))
 
 if __name__ == "__main__":
     main()

@@ -15,7 +15,7 @@ text as its condition, no pretraining, and the same labelled data, steps, batch 
 
 Writes OUT/policy_pretrain_SKILL_ACTION.pt, OUT/policy_VARIANT_DEMOS.pt, OUT/policy.json and OUT/policy.png (true and predicted actions).
 """
-import argparse, json, time, zlib
+import argparse, itertools, json, time, zlib
 from pathlib import Path
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ def get_args(argv=None):
     parser = stage_parser(__doc__, steps=1500)
     add = parser.add_argument_group("experiment").add_argument
     add("--variant", nargs="+", choices=VARIANTS, default=["hilam", "flat"], help="what to train (default: hilam flat)")
-    add("--demos", type=amount, default=0.1, help="labelled demonstrations a task: a count (5) or a share (0.1) (default: %(default)s)")
+    add("--demos", type=amount, nargs="+", default=[0.1], help="labelled demonstrations a task: counts (5) or shares (0.1) (default: 0.1)")
     add("--pretrain-steps", type=int, default=2500, help="steps of pretraining; --steps counts fine-tuning (default: %(default)s)")
     add("--video", nargs="+", help="names of the packed sets to pretrain on, of those in --data (default: all)")
     add = parser.add_argument_group("model and optimizer").add_argument
@@ -261,19 +261,19 @@ def pretrain(args, sets, skill, action, device):
 
     return agent, path.stem, *train(agent, labels, own, path, "policy_pretrain", device, objective)
 
-def finetune(args, variant, sets, pretrained, device):
+def finetune(args, sets, pretrained, device):
     """The acting level on labelled demonstrations. The high level stays as pretraining left it; without pretraining it is trained along."""
     labelled = [s for s in sets if s.actions is not None]
     if not labelled:
         fail("none of the packed sets has actions: there is nothing to fine-tune on")
-    episodes, name = [chosen_demos(s, args.demos) for s in labelled], f"policy_{variant}_{args.demos}"
+    episodes, name = [chosen_demos(s, args.demos) for s in labelled], f"policy_{args.variant}_{args.demos}"
     if not all(np.isfinite(s.actions).all() for s in labelled):
         fail(f"NaN or infinity in the actions of {' or '.join(str(s.path) for s in labelled)}")
     used = [np.concatenate([getattr(s, key)[s.rows(e)] for s, e in zip(labelled, episodes)]) for key in ("proprio", "actions")]
     low, high = used[1].min(0), used[1].max(0)
     mean, scale = (low + high) / 2, np.maximum((high - low) / 2, 1e-3)           # actions in [-1, 1]
     labels = [Labels(s, e, ((s.actions - mean) / scale).astype(np.float32)) for s, e in zip(labelled, episodes)]
-    shape = dict(pretrained.shape if pretrained else data_shape(sets) | dict(skill=64 if VARIANTS[variant][0] else 0), target=len(mean))
+    shape = dict(pretrained.shape if pretrained else data_shape(sets) | dict(skill=64 * bool(VARIANTS[args.variant][0])), target=len(mean))
     torch.manual_seed(args.seed)
     agent = Agent(shape, args).to(device)
     if pretrained:                                                               # all but the head and what normalises its output
@@ -282,7 +282,7 @@ def finetune(args, variant, sets, pretrained, device):
             module.requires_grad_(False)
     for key, value in dict(proprio_mean=used[0].mean(0), proprio_scale=used[0].std(0) + 1e-3, target_mean=mean, target_scale=scale).items():
         getattr(agent, key).copy_(torch.from_numpy(value))
-    own = argparse.Namespace(**vars(args) | dict(variant=variant, lr=args.finetune_lr if pretrained else args.lr))
+    own = argparse.Namespace(**vars(args) | dict(lr=args.finetune_lr if pretrained else args.lr))
     objective = lambda images, tokens, proprio, target, mask, _: dict(action=l1(agent(images, tokens, proprio), target, mask))
     return agent, name, *train(agent, labels, own, Path(args.out, f"{name}.pt"), "policy", device, objective)
 
@@ -294,8 +294,7 @@ def data_shape(sets):
 
 def load_agent(out, variant, demos, device):
     """The fine-tuned policy of a run folder, ready to act."""
-    path = Path(out, f"policy_{variant}_{demos}.pt")
-    record = load_checkpoint(path, "policy")
+    record = load_checkpoint(path := Path(out, f"policy_{variant}_{demos}.pt"), "policy")
     agent = Agent(record["shape"], argparse.Namespace(**record["args"]))
     load_weights(agent, record, path)
     return agent.to(device).eval()
@@ -318,7 +317,7 @@ def held_out(agents, sets, args, device):
     curves["demonstration"] = dataset.actions[dataset.start[e]:dataset.start[e] + dataset.length[e]]
     draw = ImageDraw.Draw(canvas := Image.new("RGB", (900, 20 + 90 * dataset.actions.shape[1]), "white"))
     for c, (name, curve) in zip(["black", "orange", "steelblue", "green", "purple", "brown", "gray", "red"], reversed(curves.items())):
-        draw.text((10 + 180 * list(curves).index(name), 4), name, fill=c)
+        draw.text((10 + 125 * list(curves).index(name), 4), name, fill=c)
         for d in range(curve.shape[1]):
             span = np.ptp(dataset.actions[:, d]) + 1e-6
             draw.line([(10 + 880 * t / len(curve), 60 + 90 * d - 80 * v / span) for t, v in enumerate(curve[:, d])], fill=c, width=2)
@@ -331,14 +330,15 @@ def main():
     report = Path(args.out, "policy.json")
     figures = json.loads(report.read_text()) if report.exists() else dict(losses={}, seconds={}, held_out_error={})
     pretrained, agents = {}, {}
-    for variant in args.variant:
+    for variant, demos in itertools.product(args.variant, args.demos):
         pair, base = VARIANTS[variant], None
         if pair[1] is not None:
             if pair not in pretrained:
                 torch.manual_seed(args.seed)
                 pretrained[pair] = pretrain(args, sets, *pair, device)
             base = pretrained[pair][0]
-        agents[variant], *_ = finished = finetune(args, variant, sets, base, device)
+        own = argparse.Namespace(**vars(args) | dict(variant=variant, demos=demos))
+        agents[f"{variant} {demos}"], *_ = finished = finetune(own, sets, base, device)
         for _, name, losses, seconds in ([pretrained[pair]] if base else []) + [finished]:
             if losses:                                                           # empty when nothing was left to train
                 figures["losses"][name], figures["seconds"][name] = losses, seconds
