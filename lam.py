@@ -276,19 +276,19 @@ def encode(model, dataset, args, device, batch=256):
 
 @torch.no_grad()
 def evaluate(model, sets, latents, args, device):
-    """Figures on held-out episodes; see the module's docstring for what to expect."""
-    rng, errors = np.random.default_rng(0), []
+    """Figures on held-out episodes."""
+    rng, errors = np.random.default_rng(0), {s.name: [] for s in sets}
     for dataset, z in zip(sets, latents):
         rows = rng.permutation(dataset.rows(dataset.split("val"), args.gap))[:1024]
-        shuffled = rng.permutation(rows)
+        tried = z[rows], z[rng.permutation(rows)], np.zeros_like(z[rows])
         for part in np.array_split(np.arange(len(rows)), max(1, len(rows) // 256)):
             now, future = (images(dataset, rows[part] + gap, args.wrist, device) for gap in (0, args.gap))
-            latent = [torch.from_numpy(z[r[part]]).to(device) for r in (rows, shuffled)]
-            errors.append([float(ratio(model.fdm(now, v), future, now)) for v in (latent[0], latent[1], torch.zeros_like(latent[0]))])
-    figures = dict(zip(("fdm_error", "fdm_error_shuffled", "fdm_error_zero"), np.mean(errors, 0).tolist()))
-    figures |= probe(sets, latents, args.gap)
-    figures["effective_rank"] = effective_rank(np.concatenate([z[d.rows(d.split("val"), args.gap)] for d, z in zip(sets, latents)]))
-    return figures
+            errors[dataset.name].append([float(ratio(model.fdm(now, torch.from_numpy(v[part]).to(device)), future, now)) for v in tried])
+    errors = {name: np.mean(error, 0) for name, error in errors.items()}
+    figures = dict(zip(("fdm_error", "fdm_error_shuffled", "fdm_error_zero"), np.mean(list(errors.values()), 0).tolist()))
+    figures["fdm_error_by_set"] = {name: float(error[0]) for name, error in errors.items()}
+    z = np.concatenate([z[d.rows(d.split("val"), args.gap)] for d, z in zip(sets, latents)])
+    return figures | probe(sets, latents, args.gap) | dict(effective_rank=effective_rank(z))
 
 @torch.no_grad()
 def draw(path, model, sets, latents, args, device):
@@ -344,7 +344,7 @@ def main():
     figures = evaluate(model, sets, latents, args, device) | dict(seconds=time.time() - begin)
     write(Path(args.out, "lam.json"), figures)
     draw(Path(args.out, "lam.png"), model, sets, latents, args, device)
-    print("  ".join(f"{k} {np.round(v, 3)}" for k, v in figures.items() if v is not None))
+    print("  ".join(f"{k} {np.round(v, 3)}" for k, v in figures.items() if v is not None and not isinstance(v, dict)))
 
 if __name__ == "__main__":
     main()
