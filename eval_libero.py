@@ -341,7 +341,7 @@ def main():
     if args.suite != "toy":
         prepare_libero()
     records = []
-    for out, demos in itertools.product(args.out, args.demos):
+    for out, demos in itertools.product(args.out, [0] if args.replay else args.demos):
         own = argparse.Namespace(**vars(args) | dict(out=out, demos=demos))
         records += [evaluate(own, variant, setup(own)) for variant in (["replay"] if args.replay else args.variant)]
     report(records, args.suite, Path(args.out[0], f"eval_{args.suite}.png"))
