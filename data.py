@@ -11,7 +11,7 @@ same length T, so frame t, its latent t, its skill t and its action t are the sa
     python data.py libero --src ~/LIBERO/datasets/libero_10 --out data/libero_10 --size 128
     python data.py video  --src ssv2/videos --labels ssv2/train.json --out data/ssv2 --size 128
 """
-import argparse, csv, itertools, json, os, shutil, sys
+import argparse, csv, itertools, json, os, shutil, sys, zlib
 from pathlib import Path
 import numpy as np
 import torch
@@ -56,6 +56,10 @@ def load_weights(model, record, path):
         model.load_state_dict(record["model"])
     except RuntimeError as error:
         fail(f"{path} holds a model of another shape: {str(error).splitlines()[1].strip()[:160]}")
+
+def fingerprint(*arrays):
+    """Checksum of a thousand rows of each array (len, ...): a checkpoint is not continued on other data than it was begun on."""
+    return zlib.crc32(b"".join(np.ascontiguousarray(a[::1 + len(a) // 1000]).tobytes() for a in arrays))
 
 # ---------------------------------------------------------------- the packed dataset
 class Packed:
@@ -316,7 +320,7 @@ def video_episodes(files, labels, size, stride, val):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parser.error, add = fail, parser.add_argument
     add("kind", choices=["toy", "libero", "video"], help="the built-in world, LIBERO's HDF5 files, or a folder of videos")
     add("--out", required=True, help="folder to write (toy: makes OUT/hand and OUT/robot)")
     add("--src", help="folder of .hdf5 files (libero), or of .webm/.mp4/.gif files or image folders (video)")

@@ -1,7 +1,7 @@
 """
 Stage 4, evaluation: success rates of trained policies, in the built-in toy world or in LIBERO's simulator, through one loop.
 
-LIBERO's protocol (METHOD: as OpenVLA-OFT and LeRobot run it): every episode starts from one of the benchmark's fixed initial states, rests
+LIBERO's protocol (as OpenVLA-OFT and LeRobot run it): every episode starts from one of the benchmark's fixed initial states, rests
 10 steps so that objects fall into place, and counts as a success as soon as the environment says so, within 220 / 280 / 300 / 520 steps
 (spatial / object / goal / 10). Environments live in worker processes of their own; the policy sees all that wait for it as one batch, and
 cameras are rendered only when it decides, every --execute steps.
@@ -11,9 +11,9 @@ cameras are rendered only when it decides, every --execute steps.
     python eval_libero.py --suite libero_object --replay DATASETS/libero_object --out out/replay      # demonstrations' own actions
 
 Appends a line an episode to OUT/eval_SUITE_VARIANT.jsonl, from which a killed evaluation goes on; writes OUT/eval_SUITE_VARIANT.json, GIFs
-of a success and of a failure, and OUT/eval_SUITE.png, success by number of demonstrations. Intervals are Wilson's, 95 %.
+of a success and a failure (all with the number in their names where --demos has several), and OUT/eval_SUITE.png. Intervals: Wilson, 95 %.
 """
-import argparse, importlib.util, itertools, json, math, multiprocessing, os, time
+import argparse, importlib.util, itertools, json, math, multiprocessing, os, time, zlib
 from ctypes.util import find_library
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -27,18 +27,17 @@ from lam import setup
 from policy import VARIANTS, amount, load_agent
 
 SUITES = dict(toy=TOY_LIMIT, libero_spatial=220, libero_object=280, libero_goal=300, libero_10=520)     # the most steps of an episode
-COLOURS = ["steelblue", "darkorange", "green", "purple", "brown", "crimson", "gray"]                    # of the variants, in pictures
 INSTALL = "pip install -r requirements.txt && pip install --no-deps libero==0.1.1 bddl==1.0.1"
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--suite", default="toy", help=f"{', '.join(SUITES)} (default: %(default)s)")
-    add("--variant", nargs="+", default=["hilam", "flat"], metavar="NAME", help="trained variants to evaluate (default: hilam flat)")
-    add("--demos", type=amount, nargs="+", default=[0.1], help="the --demos that policy.py was fine-tuned with (default: 0.1)")
+    parser.error, add = fail, parser.add_argument
+    add("--suite", choices=SUITES, default="toy", metavar="NAME", help=f"{', '.join(SUITES)} (default: %(default)s)")
+    add("--variant", nargs="+", choices=VARIANTS, default=["hilam", "flat"], metavar="NAME", help="as in policy.py (default: hilam flat)")
+    add("--demos", type=amount, nargs="+", default=[0.1], help="the --demos of policy.py, one or several (default: 0.1)")
     add("--out", nargs="+", default=["out/toy"], help="run folder; several, one a seed, are pooled in the table (default: out/toy)")
     add("--episodes", type=int, default=10, help="episodes a task (default: %(default)s)")
-    add("--tasks", type=int, nargs="+", help="task numbers, 0 to 9 (default: all)")
+    add("--tasks", type=int, nargs="+", choices=range(10), metavar="N", help="task numbers, 0 to 9 (default: all)")
     add("--execute", type=int, help="steps between two decisions; overlapping chunks are averaged (default: toy 1, LIBERO 8)")
     add("--max-steps", type=int, help="steps after which an episode has failed (default: the suite's)")
     add("--settle", type=int, default=10, help="LIBERO: steps of rest before the policy acts (default: %(default)s)")
@@ -249,23 +248,30 @@ def wilson(successes, n, z=1.96):
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return [max(0.0, centre - half), min(1.0, centre + half)]
 
+def rate(results):
+    wins, n = sum(r["success"] for r in results), len(results)
+    return dict(success_rate=wins / n, ci95=wilson(wins, n), episodes=n)
+
 def evaluate(args, variant, device):
     """Roll out one variant; returns the record that eval_SUITE_VARIANT.json holds."""
-    path, stem = Path(args.out, f"policy_{variant}_{args.demos}.pt"), Path(args.out, f"eval_{args.suite}_{variant}")
+    path, log = Path(args.out, f"policy_{variant}_{args.demos}.pt"), Path(args.out, f"eval_{args.suite}_{variant}.jsonl")
+    stem, done = Path(args.out, f"eval_{args.suite}_{variant}{args.suffix}"), {}
     agent = None if args.replay else load_agent(args.out, variant, args.demos, device)
+    if agent and agent.shape["proprio"] != (3 if args.suite == "toy" else 9):
+        fail(f"{path} was trained on other data than those of --suite {args.suite}")
     execute = min(args.execute or (1 if args.suite == "toy" else 8), agent.low.chunk if agent else 8)
-    settings = {k: v for k, v in vars(args).items() if k not in ("variant", "tasks", "episodes", "workers", "out", "device")}
-    settings |= dict(execute=execute, trained=os.path.getmtime(path) if agent else None)       # which policy
-    log, done = stem.with_suffix(".jsonl"), {}
+    settings = {k: v for k, v in vars(args).items() if k not in ("variant", "tasks", "episodes", "workers", "out", "device", "suffix")}
+    settings |= dict(execute=execute, trained=zlib.crc32(path.read_bytes()) if agent else None)            # which policy
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     if lines and not lines[-1].endswith("\n"):                                   # a kill cut the last line off
         log.write_text("".join(lines := lines[:-1]))
-    for line in lines:
-        record = json.loads(line)
+    for record in map(json.loads, lines):
         if record.pop("settings") == settings:
             done[record["task"], record["episode"]] = record
-    wanted = [(t, e) for e in range(args.episodes) for t in args.tasks or range(10)]
+    wanted = [(t, e) for e in range(args.episodes) for t in args.tasks]
     jobs = sorted(j for j in wanted if j not in done)                            # task by task: a LIBERO scene is slow to build
+    if not done:
+        [Path(f"{stem}_{outcome}.gif").unlink(missing_ok=True) for outcome in ("success", "failure")]      # those of an older policy
     films, begin, steps = {}, time.time(), 0
     if jobs:
         pool, ensemble = (ToyPool if args.suite == "toy" else LiberoPool)(jobs, args, agent and agent.shape["size"]), Ensemble()
@@ -287,20 +293,16 @@ def evaluate(args, variant, device):
                     keep(films.pop(slot, []), stem, "success" if success else "failure", args.suite != "toy")
                     bar.update()
         pool.close(), bar.close()
-    results, per_task = [done[j] for j in wanted], {}
-    for t in args.tasks or range(10):
-        won = [r["success"] for r in results if r["task"] == t]
-        per_task[str(t)] = dict(success_rate=float(np.mean(won)), ci95=wilson(sum(won), len(won)), episodes=len(won))
-    wins, seconds = sum(r["success"] for r in results), time.time() - begin
-    record = dict(suite=args.suite, variant=variant, demos=args.demos, success_rate=wins / len(results), ci95=wilson(wins, len(results)),
-                  episodes=len(results), per_task=per_task, env_steps_per_second=steps / seconds, seconds=seconds, settings=settings)
+    results, seconds = [done[j] for j in wanted], time.time() - begin
+    record = dict(suite=args.suite, variant=variant, demos=args.demos) | rate(results) | dict(
+        per_task={str(t): rate([r for r in results if r["task"] == t]) for t in args.tasks},
+        env_steps_per_second=steps / seconds if jobs else None, seconds=seconds, settings=settings)
     write(stem.with_suffix(".json"), record)
     return record
 
 def keep(film, stem, outcome, upside_down):
-    """Save the first success and the first failure as GIFs, three times as large."""
-    path = Path(f"{stem}_{outcome}.gif")
-    if film and not path.exists():
+    """Save the first success and the first failure as GIFs, enlarged."""
+    if film and not (path := Path(f"{stem}_{outcome}.gif")).exists():
         images = [Image.fromarray(np.ascontiguousarray(f[::-1] if upside_down else f)) for f in film]
         images = [i.resize((max(192, i.width),) * 2, Image.NEAREST) for i in images]
         images[0].save(path, save_all=True, append_images=images[1:], duration=100 if not upside_down else 300, loop=0)
@@ -309,40 +311,36 @@ def report(records, suite, path):
     """Print success by variant and number of demonstrations, pooled over run folders (seeds); draw it with its intervals."""
     cells, last = {}, {}
     for r in records:
-        cells.setdefault((r["variant"], r["demos"]), []).append(r)
-    demos, canvas = sorted({d for _, d in cells}), Image.new("RGB", (640, 420), "white")
+        cells.setdefault((r["variant"], str(r["demos"])), []).append(r)        # 1 is one demonstration, 1.0 all of them
+    demos, canvas = sorted({d for _, d in cells}, key=float), Image.new("RGB", (640, 420), "white")
     draw, place = ImageDraw.Draw(canvas), lambda d, p, i=0: (90 + 400 * demos.index(d) / max(1, len(demos) - 1) + 9 * i, 380 - 350 * p)
     for p in (0, 0.25, 0.5, 0.75, 1):
         draw.line([(60, 380 - 350 * p), (620, 380 - 350 * p)], fill="lightgray"), draw.text((20, 374 - 350 * p), f"{p:.2f}", fill="black")
-    [draw.text((place(d, 0)[0] - 8, 390), str(d), fill="black") for d in demos]
+    [draw.text((place(d, 0)[0] - 8, 390), d, fill="black") for d in demos]
     print(f"\n{'suite':15} {'variant':14} {'demos a task':>12} {'success':>8}   {'95 % interval':14} {'episodes':8}   by run folder")
     names = list(dict.fromkeys(variant for variant, _ in cells))
-    for (variant, d), runs in sorted(cells.items(), key=lambda cell: (cell[0][1], names.index(cell[0][0]))):
+    for (variant, d), runs in sorted(cells.items(), key=lambda cell: (demos.index(cell[0][1]), names.index(cell[0][0]))):
         i, n, rates = names.index(variant), sum(r["episodes"] for r in runs), [r["success_rate"] for r in runs]
-        rate, colour = float(np.average(rates, weights=[r["episodes"] for r in runs])), COLOURS[i % len(COLOURS)]
-        low, high = wilson(round(rate * n), n)
-        print(f"{suite:15} {variant:14} {d:>12} {rate:8.2f}   [{low:.2f}, {high:.2f}]   {n:8d}   {' '.join(f'{x:.2f}' for x in rates)}")
-        x, y = at = place(d, rate, i)
+        mean = float(np.average(rates, weights=[r["episodes"] for r in runs]))
+        low, high = wilson(round(mean * n), n)
+        print(f"{suite:15} {variant:14} {d:>12} {mean:8.2f}   [{low:.2f}, {high:.2f}]   {n:8d}   {' '.join(f'{x:.2f}' for x in rates)}")
+        (x, y), colour = place(d, mean, i), "blue orange green purple brown red gray".split()[i % 7]
         draw.text((x + 6, y - 6), variant, fill=colour), draw.line([place(d, low, i), place(d, high, i)], fill=colour, width=2)
-        draw.line([last.get(variant, at), at], fill=colour, width=2)
-        last[variant] = at
+        draw.line([last.get(variant, (x, y)), (x, y)], fill=colour, width=2)
+        last[variant] = x, y
     write(path, canvas)
 
 def main():
     args = get_args()
-    if args.suite not in SUITES:
-        fail(f"--suite {args.suite}: no such suite; there are {', '.join(SUITES)}")
-    if not set(args.variant) <= set(VARIANTS):
-        fail(f"--variant {' '.join(args.variant)}: no such variant; there are {', '.join(VARIANTS)}")
-    if args.tasks and not set(args.tasks) <= set(range(10)) or args.episodes < 1:
-        fail("--tasks are numbers from 0 to 9, and --episodes is at least 1")
-    if args.replay and (args.suite == "toy" or not Path(args.replay).is_dir()):
-        fail(f"--replay {args.replay}: no such folder" if args.suite != "toy" else "--replay is for LIBERO's suites")
+    for key in ("variant", "demos", "out", "tasks"):                             # an evaluation named twice is no second evidence
+        setattr(args, key, list({str(v).rstrip("/"): v for v in getattr(args, key) or range(10)}.values()))
+    if args.replay and (args.suite == "toy" or not list(Path(args.replay).glob("*_demo.hdf5"))):
+        fail(f"--replay {args.replay}: no *_demo.hdf5 files there" if args.suite != "toy" else "--replay is for LIBERO's suites")
     if args.suite != "toy":
         prepare_libero()
     records = []
     for out, demos in itertools.product(args.out, [0] if args.replay else args.demos):
-        own = argparse.Namespace(**vars(args) | dict(out=out, demos=demos))
+        own = argparse.Namespace(**vars(args) | dict(out=out, demos=demos, suffix=f"_{demos}" if len(args.demos) > 1 else ""))
         records += [evaluate(own, variant, setup(own)) for variant in (["replay"] if args.replay else args.variant)]
     report(records, args.suite, Path(args.out[0], f"eval_{args.suite}.png"))
 

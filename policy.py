@@ -10,7 +10,7 @@ Both have BAKU's architecture (NeurIPS 2024), smaller: an image encoder with FiL
 proprio and ACTION, a causal transformer, read at the ACTION token; actions come in chunks. The flat baseline is the same network with the
 text as its condition, no pretraining, and the same labelled data, steps, batch and augmentation.
 
-    python policy.py                          # toy world: hilam and flat on 10 % of the demonstrations, 7 minutes on two CPU cores
+    python policy.py                          # toy world: hilam and flat on 10 % of the demonstrations, 8 minutes on two CPU cores
     python policy.py --variant flat --demos 5 --data data/libero_object --out out/libero_object --steps 4000
 
 Writes OUT/policy_pretrain_SKILL_ACTION.pt, OUT/policy_VARIANT_DEMOS.pt, OUT/policy.json and OUT/policy.png (true and predicted actions).
@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
-from data import fail, load_checkpoint, load_weights, open_sets, write
+from data import fail, fingerprint, load_checkpoint, load_weights, open_sets, write
 from lam import Block, ConvBlock, get_lr, resume, save_checkpoint, setup, stage_parser, step_rng
 from skills import load_latents
 
@@ -37,12 +37,12 @@ def get_args(argv=None):
     parser = stage_parser(__doc__, steps=1500)
     add = parser.add_argument_group("experiment").add_argument
     add("--variant", nargs="+", choices=VARIANTS, default=["hilam", "flat"], help="what to train (default: hilam flat)")
-    add("--demos", type=amount, nargs="+", default=[0.1], help="labelled demonstrations a task: counts (5) or shares (0.1) (default: 0.1)")
+    add("--demos", type=amount, nargs="+", default=[0.1], help="labelled demonstrations a task: counts (5) or shares (0.1; 1.0 is all)")
     add("--pretrain-steps", type=int, default=2500, help="steps of pretraining; --steps counts fine-tuning (default: %(default)s)")
     add("--video", nargs="+", help="names of the packed sets to pretrain on, of those in --data (default: all)")
     add = parser.add_argument_group("model and optimizer").add_argument
     add("--chunk", type=int, default=10, help="actions predicted at once; 10 in BAKU (default: %(default)s)")
-    add("--channels", type=int, default=32, help="channels of the image encoder's first layer; doubled twice (default: %(default)s)")
+    add("--channels", type=int, default=32, help="channels of the image encoder's first layer, half of the next (default: %(default)s)")
     add("--width", type=int, default=128, help="token width; 256 in BAKU (default: %(default)s)")
     add("--layers", type=int, default=2, help="transformer blocks; 8 in BAKU (default: %(default)s)")
     add("--no-low-text", dest="low_text", action="store_false", help="tell the low level the skill only, not the text as well")
@@ -55,7 +55,7 @@ def amount(text):
     """'5' -> 5, a count; '0.1' -> 0.1, a share."""
     value = float(text) if "." in text else int(text)
     if value <= 0 or isinstance(value, float) and value > 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text}: a count (5) or a share (0.1, at most 1.0)")
     return value
 
 # ---------------------------------------------------------------- models
@@ -193,8 +193,7 @@ def load_stage(dataset, out, stage):
     path = Path(out, f"skills{stage}.{dataset.name}.npy")
     if not path.exists():
         fail(f"{path} is missing: run `python skills.py` with the same --data and --out first")
-    vectors = np.load(path)
-    if len(vectors) != dataset.total:
+    if len(vectors := np.load(path)) != dataset.total:
         fail(f"{path}: {len(vectors)} skills for {dataset.total} frames: run `python skills.py` again")
     return vectors
 
@@ -240,8 +239,8 @@ def pretrain(args, sets, skill, action, device):
     """Both levels on pseudo-labels: pi_h predicts zbar^skill, pi_l (or a flat policy, skill None) a chunk of stage `action` vectors."""
     path = Path(args.out, f"policy_pretrain_{'z%d_' % skill if skill else ''}z{action}.pt")
     video = [s for s in sets if not args.video or s.name in args.video]
-    if not video:
-        fail(f"--video {' '.join(args.video)}: none of these among {', '.join(s.name for s in sets)}")
+    if args.video and {s.name for s in video} != set(args.video):
+        fail(f"--video {' '.join(args.video)}: not all of these are among {', '.join(s.name for s in sets)}")
     gap = load_checkpoint(Path(args.out, "lam.pt"), "lam")["args"]["gap"] if Path(args.out, "lam.pt").exists() else 0
     rows = [s.rows(s.split("train"), gap) for s in video]
     targets = standardise([load_stage(s, args.out, action) for s in video], rows)
@@ -249,7 +248,8 @@ def pretrain(args, sets, skill, action, device):
     labels = [Labels(s, s.split("train"), t, k, gap) for s, t, k in zip(video, targets, skills)]
     shape = data_shape(sets) | dict(target=targets[0].shape[1], skill=skills[0].shape[1] if skill else 0)
     shape["high_cameras"] = 1 + all(s.wrist is not None for s in video)
-    own = argparse.Namespace(**vars(args) | dict(variant=None, demos=None, finetune_lr=None, steps=args.pretrain_steps))
+    own = argparse.Namespace(**vars(args) | dict(variant=None, demos=None, finetune_lr=None, steps=args.pretrain_steps,
+                                                 inputs=fingerprint(*targets, *(k for k in skills if k is not None))))
     agent = Agent(shape, args).to(device)
 
     def objective(images, tokens, proprio, target, mask, label):
@@ -263,9 +263,7 @@ def pretrain(args, sets, skill, action, device):
 
 def finetune(args, sets, pretrained, device):
     """The acting level on labelled demonstrations. The high level stays as pretraining left it; without pretraining it is trained along."""
-    labelled = [s for s in sets if s.actions is not None]
-    if not labelled:
-        fail("none of the packed sets has actions: there is nothing to fine-tune on")
+    labelled = [s for s in sets if s.actions is not None] or fail("none of the packed sets has actions: nothing to fine-tune on")
     episodes, name = [chosen_demos(s, args.demos) for s in labelled], f"policy_{args.variant}_{args.demos}"
     if not all(np.isfinite(s.actions).all() for s in labelled):
         fail(f"NaN or infinity in the actions of {' or '.join(str(s.path) for s in labelled)}")
@@ -282,7 +280,8 @@ def finetune(args, sets, pretrained, device):
             module.requires_grad_(False)
     for key, value in dict(proprio_mean=used[0].mean(0), proprio_scale=used[0].std(0) + 1e-3, target_mean=mean, target_scale=scale).items():
         getattr(agent, key).copy_(torch.from_numpy(value))
-    own = argparse.Namespace(**vars(args) | dict(lr=args.finetune_lr if pretrained else args.lr))
+    weights = [p.detach().cpu().numpy().ravel() for p in pretrained.parameters()] if pretrained else []
+    own = argparse.Namespace(**vars(args) | dict(lr=args.finetune_lr if pretrained else args.lr, inputs=fingerprint(*used, *weights)))
     objective = lambda images, tokens, proprio, target, mask, _: dict(action=l1(agent(images, tokens, proprio), target, mask))
     return agent, name, *train(agent, labels, own, Path(args.out, f"{name}.pt"), "policy", device, objective)
 
@@ -319,8 +318,8 @@ def held_out(agents, sets, args, device):
     for c, (name, curve) in zip(["black", "orange", "steelblue", "green", "purple", "brown", "gray", "red"], reversed(curves.items())):
         draw.text((10 + 125 * list(curves).index(name), 4), name, fill=c)
         for d in range(curve.shape[1]):
-            span = np.ptp(dataset.actions[:, d]) + 1e-6
-            draw.line([(10 + 880 * t / len(curve), 60 + 90 * d - 80 * v / span) for t, v in enumerate(curve[:, d])], fill=c, width=2)
+            height = 80 * curve[:, d] / (np.ptp(dataset.actions[:, d]) + 1e-6)
+            draw.line([(10 + 880 * t / len(curve), 60 + 90 * d - y) for t, y in enumerate(height)], fill=c, width=2)
     write(Path(args.out, "policy.png"), canvas)
     return errors
 
@@ -330,18 +329,19 @@ def main():
     report = Path(args.out, "policy.json")
     figures = json.loads(report.read_text()) if report.exists() else dict(losses={}, seconds={}, held_out_error={})
     pretrained, agents = {}, {}
+
+    def note(agent, name, losses, seconds):                                      # losses are empty when nothing was left to train
+        if losses:
+            figures["losses"][name], figures["seconds"][name] = losses, seconds
+            write(report, figures)
+        return agent
+
     for variant, demos in itertools.product(args.variant, args.demos):
-        pair, base = VARIANTS[variant], None
-        if pair[1] is not None:
-            if pair not in pretrained:
-                torch.manual_seed(args.seed)
-                pretrained[pair] = pretrain(args, sets, *pair, device)
-            base = pretrained[pair][0]
-        own = argparse.Namespace(**vars(args) | dict(variant=variant, demos=demos))
-        agents[f"{variant} {demos}"], *_ = finished = finetune(own, sets, base, device)
-        for _, name, losses, seconds in ([pretrained[pair]] if base else []) + [finished]:
-            if losses:                                                           # empty when nothing was left to train
-                figures["losses"][name], figures["seconds"][name] = losses, seconds
+        pair, own = VARIANTS[variant], argparse.Namespace(**vars(args) | dict(variant=variant, demos=demos))
+        if pair[1] is not None and pair not in pretrained:
+            torch.manual_seed(args.seed)
+            pretrained[pair] = note(*pretrain(args, sets, *pair, device))
+        agents[f"{variant} {demos}"] = note(*finetune(own, sets, pretrained.get(pair), device))
     figures["held_out_error"] |= held_out(agents, sets, args, device)
     write(report, figures)
     print("held-out action error / predicting the mean: " + "  ".join(f"{k} {v:.3f}" for k, v in figures["held_out_error"].items()))

@@ -11,7 +11,7 @@ the stage above it; what comes back is spread over the frames again, and the who
     z = D(DeChunk(M(z'); b, p) * ste(c) + R(h))       main network (again a stage, or at the top a causal transformer), then the decoder
     loss = L_latent + rec * L_rec + ratio * L_ratio   next latent; next frame drawn by the frozen FDM; chunk rate near 1/N
 
-    python skills.py                                  # toy world, about 2 minutes on two CPU cores
+    python skills.py                                  # toy world, about a minute on two CPU cores
     python skills.py --data data/libero_10 --out out/libero_10 --chunk 12 3
 
 Writes OUT/skills.pt, and for every packed set OUT/skills1.SET.npy, skills2.SET.npy (T, width: the skill of every frame) and
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
 import lam
-from data import fail, load_checkpoint, load_weights, open_sets, write
+from data import fail, fingerprint, load_checkpoint, load_weights, open_sets, write
 from lam import Block, draw_strip, get_lr, resume, save_checkpoint, setup, stage_parser, step_rng, upright
 
 def get_args(argv=None):
@@ -298,6 +298,7 @@ def main():
         fail("--width takes one number, or one a stage and one for the top, and every N of --chunk is above 1")
     device, sets = setup(args), open_sets(args.data)
     raw = [load_latents(s, args.out) for s in sets]
+    args.inputs = fingerprint(*raw)
     fdm, gap, lam_path = None, 0, Path(args.out, "lam.pt")
     if lam_path.exists():
         record = load_checkpoint(lam_path, "lam")
