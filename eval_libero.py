@@ -297,7 +297,7 @@ def evaluate(args, variant, device):
     record = dict(suite=args.suite, variant=variant, demos=args.demos) | rate(results) | dict(
         per_task={str(t): rate([r for r in results if r["task"] == t]) for t in args.tasks},
         env_steps_per_second=steps / seconds if jobs else None, seconds=seconds, settings=settings)
-    write(stem.with_suffix(".json"), record)
+    write(f"{stem}.json", record)
     return record
 
 def keep(film, stem, outcome, upside_down):
