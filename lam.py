@@ -314,7 +314,7 @@ def main():
     args = get_args()
     device = setup(args)
     sets, path = open_sets(args.data), Path(args.out, "lam.pt")
-    args.inputs = fingerprint(*[s.frames for s in sets])
+    args.data_checksum = fingerprint(*[s.frames for s in sets])
     index = [s.rows(s.split("train"), args.gap) for s in sets]
     all(map(len, index)) or fail(f"--gap {args.gap} is longer than every episode of a set")
     model = LAM(vars(args), sets[0].frames.shape[1]).to(device, memory_format=torch.channels_last)     # twice as fast on CPU

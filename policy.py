@@ -249,7 +249,7 @@ def pretrain(args, sets, skill, action, device):
     shape = data_shape(sets) | dict(target=targets[0].shape[1], skill=skills[0].shape[1] if skill else 0)
     shape["high_cameras"] = 1 + all(s.wrist is not None for s in video)
     own = argparse.Namespace(**vars(args) | dict(variant=None, demos=None, finetune_lr=None, steps=args.pretrain_steps,
-                                                 inputs=fingerprint(*targets, *(k for k in skills if k is not None))))
+                                                 data_checksum=fingerprint(*targets, *(k for k in skills if k is not None))))
     agent = Agent(shape, args).to(device)
 
     def objective(images, tokens, proprio, target, mask, label):
@@ -280,8 +280,8 @@ def finetune(args, sets, pretrained, device):
             module.requires_grad_(False)
     for key, value in dict(proprio_mean=used[0].mean(0), proprio_scale=used[0].std(0) + 1e-3, target_mean=mean, target_scale=scale).items():
         getattr(agent, key).copy_(torch.from_numpy(value))
-    weights = [p.detach().cpu().numpy().ravel() for p in pretrained.parameters()] if pretrained else []
-    own = argparse.Namespace(**vars(args) | dict(lr=args.finetune_lr if pretrained else args.lr, inputs=fingerprint(*used, *weights)))
+    old = [p.detach().cpu().numpy().ravel() for p in pretrained.parameters()] if pretrained else []
+    own = argparse.Namespace(**vars(args) | dict(lr=args.finetune_lr if pretrained else args.lr, data_checksum=fingerprint(*used, *old)))
     objective = lambda images, tokens, proprio, target, mask, _: dict(action=l1(agent(images, tokens, proprio), target, mask))
     return agent, name, *train(agent, labels, own, Path(args.out, f"{name}.pt"), "policy", device, objective)
 

@@ -298,7 +298,7 @@ def main():
         fail("--width takes one number, or one a stage and one for the top, and every N of --chunk is above 1")
     device, sets = setup(args), open_sets(args.data)
     raw = [load_latents(s, args.out) for s in sets]
-    args.inputs = fingerprint(*raw)
+    args.data_checksum = fingerprint(*raw)
     fdm, gap, lam_path = None, 0, Path(args.out, "lam.pt")
     if lam_path.exists():
         record = load_checkpoint(lam_path, "lam")

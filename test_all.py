@@ -20,8 +20,7 @@ WIDTHS = pytest.mark.parametrize("widths", [[16, 16, 16], [16, 20, 24, 28]])    
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")                        # a tiny toy set in data/toy, and all four stages run on it, in out/toy
     data.pack_toy(folder / "data/toy", hand=12, demos=2)
-    for module, words in TINY.items():
-        subprocess.run([sys.executable, module.__file__, *map(str, words)], cwd=folder, check=True)
+    [subprocess.run([sys.executable, module.__file__, *map(str, words)], cwd=folder, check=True) for module, words in TINY.items()]
     return folder
 
 @pytest.fixture
@@ -269,6 +268,7 @@ BROKEN = {                                                         # what is bro
     "other shape": (lambda out: edit(out / "lam.pt", "model", lambda m: {k: v[:1] for k, v in m.items()}), lam, "another shape"),
     "corrupt": (lambda out: os.truncate(out / "lam.pt", 3000), lam, "not a readable checkpoint"),
     "no latents": (lambda out: [p.unlink() for p in out.glob("latents.*")], skills, "run `python lam.py`"),
+    "other latents": (lambda out: [np.save(p, np.load(p) + 1) for p in out.glob("latents.*")], skills, "trained with data_checksum"),
     "lam.py unfinished": (lambda out: edit(out / "lam.pt", "step", lambda step: 2), skills, "stopped at step 2 of 4"),
     "no skills": (lambda out: [p.unlink() for p in out.glob("skills2.*")], policy, "run `python skills.py`"),
     "skills of other data": (lambda out: np.save(out / "skills2.robot.npy", np.zeros((3, 64))), policy, "run `python skills.py`"),
