@@ -249,6 +249,7 @@ def wilson(successes, n, z=1.96):
     return [max(0.0, centre - half), min(1.0, centre + half)]
 
 def rate(results):
+    """Success of some episodes, records with a key success: its share, Wilson's interval, their number."""
     wins, n = sum(r["success"] for r in results), len(results)
     return dict(success_rate=wins / n, ci95=wilson(wins, n), episodes=n)
 
