@@ -39,7 +39,8 @@ def get_args(argv=None):
     add("--layers", type=int, default=1, help="blocks in every encoder, decoder and the top network (default: %(default)s)")
     add = parser.add_argument_group("loss and optimizer").add_argument
     add("--rec", type=float, default=0.1, help="weight of the frame reconstruction loss; 0 switches it off (default: %(default)s)")
-    add("--ratio", type=float, default=0.03, help="weight of the chunk ratio loss; 0.03 in H-Net (default: %(default)s)")
+    add("--ratio", type=float, default=0.1, help="weight of the chunk ratio loss; 0.03 in H-Net (default: %(default)s)")
+    add("--slow", type=float, default=0.1, help="learning rate of embedding, encoders and k over that of the rest (default: %(default)s)")
     add("--batch", type=int, default=16, help="episodes a step, shared equally by the sets (default: %(default)s)")
     add("--window", type=int, default=128, help="frames of an episode seen at a time (default: %(default)s)")
     add("--lr", type=float, default=1e-3, help="peak learning rate of AdamW (default: %(default)s)")
@@ -273,8 +274,7 @@ def evaluate(model, fdm, sets, latents, args, scale, gap, device):
             copy += (z[:, :-1] - z[:, 1:]).abs()[valid].sum().item()
             rates.append([(int(r.boundary.sum()), int(r.mask.sum())) for r in routings])
             if fdm is not None:
-                b, t = (x.cpu().numpy() for x in torch.where(valid))
-                b, t = b[::8], t[::8]
+                b, t = (x.cpu().numpy()[::8] for x in torch.where(valid))
                 now, future = (lam.images(dataset, dataset.start[part][b] + t + 1 + k, fdm.wrist, device) for k in (0, gap))
                 frames.append(lam.ratio(fdm(now, prediction[b, t] * scale[1] + scale[0]), future, now).item())
     kept = np.array(rates).sum(0)
@@ -297,8 +297,7 @@ def main():
     if len(args.width) not in (1, len(args.chunk) + 1) or any(n <= 1 for n in args.chunk):
         fail("--width takes one number, or one a stage and one for the top, and every N of --chunk is above 1")
     device, sets = setup(args), open_sets(args.data)
-    raw = [load_latents(s, args.out) for s in sets]
-    args.data_checksum = fingerprint(*raw)
+    args.data_checksum = fingerprint(*(raw := [load_latents(s, args.out) for s in sets]))
     fdm, gap, lam_path = None, 0, Path(args.out, "lam.pt")
     if lam_path.exists():
         record = load_checkpoint(lam_path, "lam")
@@ -314,7 +313,10 @@ def main():
     scale = [torch.from_numpy(x).float().to(device) for x in scale]
     widths = args.width * (len(args.chunk) + 1) if len(args.width) == 1 else args.width
     model = HNet(raw[0].shape[1], widths, len(args.chunk), args.layers).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
+    slow, fast = [], []                      # k stays near the latents; q, free to learn, foretells k: a boundary is where that fails
+    for name, p in model.named_parameters():
+        (slow if any(part in name for part in ("embed", "encoder", ".k.")) else fast).append(p)
+    optimizer = torch.optim.AdamW([dict(params=slow, share=args.slow), dict(params=fast, share=1.0)], lr=args.lr, weight_decay=0.01)
     path, episodes, seen = Path(args.out, "skills.pt"), [[e for e in s.split("train") if s.length[e] > gap + 1] for s in sets], []
     first, begin = resume(path, "skills", args, model, optimizer)
     for step in tqdm(range(first, args.steps), "skills", initial=first, total=args.steps, disable=None):
@@ -322,7 +324,7 @@ def main():
         batch = get_batch(sets, latents, gap, args.batch, args.window, rng, episodes)
         loss, latent, rec, rates = losses(model, fdm if args.rec else None, batch, sets, args, scale, rng, device)
         for group in optimizer.param_groups:
-            group["lr"] = get_lr(step, args)
+            group["lr"] = group["share"] * get_lr(step, args)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -337,8 +339,7 @@ def main():
     boundaries, skills = zip(*[segment(model, s, z, gap, device) for s, z in zip(sets, latents)])
     for dataset, b, s in zip(sets, boundaries, skills):
         write(Path(args.out, f"boundaries.{dataset.name}.npy"), b)
-        for i, x in enumerate(s):
-            write(Path(args.out, f"skills{i + 1}.{dataset.name}.npy"), x)
+        [write(Path(args.out, f"skills{i + 1}.{dataset.name}.npy"), x) for i, x in enumerate(s)]
     figures = evaluate(model, fdm, sets, latents, args, scale, gap, device) | score(sets, latents, boundaries, skills, gap)
     figures["seconds"] = time.time() - begin
     write(Path(args.out, "skills.json"), figures)

@@ -1,8 +1,5 @@
-"""
-Tests of all stages, bad input included, and two short episodes in LIBERO's simulator where it is installed. Two minutes on two CPU cores:
-
-    python -m pytest -q test_all.py
-"""
+"""Tests of all stages, bad input included, and two short episodes in LIBERO's simulator where it is installed; two minutes on two cores.
+To run them: python -m pytest -q test_all.py"""
 import argparse, contextlib, importlib.util, io, json, os, shutil, subprocess, sys, unittest.mock
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -73,8 +70,7 @@ def test_chunk_and_dechunk_equal_the_loop():
         x, q = z.clone().requires_grad_(), p.clone().requires_grad_()
         (function(x, q) * weight).sum().backward()
         results.append((function(x, q), x.grad, q.grad))
-    for ours, true in zip(*results):
-        assert torch.allclose(ours, true, atol=1e-4) and true.abs().max() > 0.1
+    assert all(torch.allclose(ours, true, atol=1e-4) and true.abs().max() > 0.1 for ours, true in zip(*results))
 
 def test_straight_through_estimator():
     (skills.ste(c := torch.tensor([0.2, 0.7, 1], requires_grad=True)) * torch.arange(3)).sum().backward()
@@ -135,6 +131,9 @@ def test_pack_round_trip_and_targets(tmp_path):
     assert all(np.array_equal(getattr(packed, key), np.concatenate([a[key] for a in arrays])) for key in ("frames", "actions"))
     for gap in (0, 1, 5, 7):
         assert packed.rows(packed.split("train"), gap).tolist() == [s + j for s, n in ((0, 6), (6, 9)) for j in range(n) if j + gap < n]
+    args = [argparse.Namespace(batch=8, gap=2, wrist=False, reverse=on) for on in (False, True)]       # --reverse swaps every second pair
+    pairs = [lam.get_batch([packed], [packed.rows([0, 1], 2)], x, np.random.default_rng(0), "cpu") for x in args]
+    assert all(torch.equal(pairs[1][i ^ j][j::2], pairs[0][i][j::2]) for i in (0, 1) for j in (0, 1)) and not torch.equal(*pairs[0])
     rows, end = np.array([0, 4, 5, 14, 18]), np.array([5, 5, 5, 14, 18])   # the policy's targets stop at the episode's end
     _, _, _, target, mask, _ = policy.Labels(packed, [0, 1, 2], np.array(packed.actions), gap=1).batch(rows, 4, 1, "cpu")
     assert np.array_equal(mask, rows[:, None] + np.arange(4) < end[:, None])
