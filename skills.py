@@ -40,7 +40,7 @@ def get_args(argv=None):
     add = parser.add_argument_group("loss and optimizer").add_argument
     add("--rec", type=float, default=0.1, help="weight of the frame reconstruction loss; 0 switches it off (default: %(default)s)")
     add("--ratio", type=float, default=0.1, help="weight of the chunk ratio loss; 0.03 in H-Net (default: %(default)s)")
-    add("--slow", type=float, default=0.1, help="learning rate of embedding, encoders and k over that of the rest (default: %(default)s)")
+    add("--slow", type=float, default=0.03, help="learning rate of embedding, encoders and k over that of the rest (default: %(default)s)")
     add("--batch", type=int, default=16, help="episodes a step, shared equally by the sets (default: %(default)s)")
     add("--window", type=int, default=128, help="frames of an episode seen at a time (default: %(default)s)")
     add("--lr", type=float, default=1e-3, help="peak learning rate of AdamW (default: %(default)s)")
