@@ -10,7 +10,7 @@ that carries the future frame instead of the motion.
     python lam.py --data data/libero_10 --out out/libero_10 --gap 8 --latent 128 --wrist --reverse --lr 2e-3
 
 Writes OUT/lam.pt, OUT/latents.SET.npy (T, latent) for every packed set, OUT/lam.json and OUT/lam.png.
-Expect on the toy world: FDM error near 0.13 of copying the current frame with the true latent, above 1.2 with a shuffled one, 0.9 with zero.
+Expect on the toy world: FDM error near 0.13 of copying the current frame with the true latent, above 1.2 with a shuffled one, 0.9 at zero.
 """
 import argparse, random, time
 from pathlib import Path
@@ -296,18 +296,17 @@ def evaluate(model, sets, latents, args, device):
 def draw(path, model, sets, latents, args, device):
     """The film strip: frames, true next frames, and the FDM's with the true, a shuffled and a zero latent; then hand to robot transfer."""
     show = lambda d, x: upright(d, (x[:, :3].clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy())
-    strip, rng = [], np.random.default_rng(1)
+    strip, motions, rng = [], [], np.random.default_rng(1)
     for dataset, z in zip(sets, latents):
         rows = np.sort(rng.choice(dataset.rows(dataset.split("val"), args.gap), 8))
         now, future = (images(dataset, rows + gap, args.wrist, device) for gap in (0, args.gap))
         true = torch.from_numpy(z[rows]).to(device)
+        motions.append(true[:1])
         strip += [(f"{dataset.name} t", show(dataset, now)), (f"t+{args.gap}", show(dataset, future))]
         for name, v in dict(true=true, shuffled=true.roll(1, 0), zero=true * 0).items():
             strip.append((f"FDM, {name} z", show(dataset, model.fdm(now, v))))
-    if len(sets) > 1:                                                    # one latent of the first set, applied to every frame of the last
-        row = sets[0].rows(sets[0].split("val"), args.gap)[[0]]
-        moved = model.fdm(now, torch.from_numpy(latents[0][row]).expand(8, -1).to(device))
-        strip.append((f"{sets[0].name}'s z on {dataset.name}", show(dataset, moved)))
+    if len(sets) > 1:                                                    # the first latent above, applied to every frame of the last set
+        strip.append((f"{sets[0].name}'s first z, {dataset.name}", show(dataset, model.fdm(now, motions[0].expand(8, -1)))))
     draw_strip(path, strip)
 
 def main():
