@@ -20,6 +20,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 import numpy as np
 import torch
+from scipy.stats import binomtest
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 from data import TASKS, TOY_LIMIT, ToyWorld, fail, resize, toy_text, write
@@ -242,11 +243,10 @@ class Ensemble:
             self.total[slot], self.weight[slot], self.age[slot] = shift(total), shift(weight), self.age.get(slot, 0) + execute
         return np.stack(out)
 
-def wilson(successes, n, z=1.96):
+def wilson(successes, n):
     """Wilson's 95 % interval of a success rate."""
-    p, centre = successes / n, (successes / n + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [max(0.0, centre - half), min(1.0, centre + half)]
+    interval = binomtest(successes, n).proportion_ci(method="wilson")
+    return [float(interval.low), float(interval.high)]
 
 def rate(results):
     """Success of some episodes, records with a key success: its share, Wilson's interval, their number."""

@@ -20,6 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import f1_score, r2_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 from PIL import Image, ImageDraw
 from data import TOY_SETS, fail, fingerprint, load_checkpoint, load_weights, open_sets, write
@@ -62,9 +64,15 @@ def step_rng(seed, step):
     torch.manual_seed(seed * 1_000_003 + step)
     return np.random.default_rng([seed, step])
 
-def get_lr(step, args):
-    """Learning rate: linear warm-up over 100 steps, then a cosine down to a tenth (as in nanoGPT)."""
-    return float(args.lr * min(1.0, (step + 1) / 100) * (0.55 + 0.45 * np.cos(np.pi * min(1.0, step / max(1, args.steps)))))
+def descend(loss, optimizer, step, args):
+    """One optimizer step. Learning rate: warm-up over 100 steps, then a cosine to a tenth (as in nanoGPT), times a group's own share."""
+    lr = args.lr * min(1.0, (step + 1) / 100) * (0.55 + 0.45 * np.cos(np.pi * min(1.0, step / max(1, args.steps))))
+    for group in optimizer.param_groups:
+        group["lr"] = float(group.get("share", 1.0) * lr)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
 
 def save_checkpoint(path, stage, args, step, model, optimizer, begin, **more):
     record = dict(stage=stage, args=vars(args), step=step, model=model.state_dict(), optimizer=optimizer.state_dict())
@@ -217,8 +225,7 @@ def ratio(prediction, future, now):
 # ---------------------------------------------------------------- what the latent is worth
 def ridge(x, y, x_test, y_test):
     """R^2 per column of y_test, predicted linearly from x_test by ridge regression fitted on (x, y)."""
-    standard = lambda a: (a - x.mean(0)) / (x.std(0) + 1e-6)
-    return r2_score(y_test, Ridge().fit(standard(x), y).predict(standard(x_test)), multioutput="raw_values")
+    return r2_score(y_test, make_pipeline(StandardScaler(), Ridge()).fit(x, y).predict(x_test), multioutput="raw_values")
 
 def effective_rank(z):
     """exp of the entropy of the covariance's normalised eigenvalues: how many dimensions the latent really uses (Roy and Vetterli 2007)."""
@@ -323,15 +330,10 @@ def main():
         mark, rng = time.time(), step_rng(args.seed, step)
         now, future = get_batch(sets, index, args, rng, device)
         loading += time.time() - mark
-        for group in optimizer.param_groups:
-            group["lr"] = get_lr(step, args)
         z = model.idm(now, future)
         z = z + 0.1 * torch.randn_like(z) if args.bottleneck == "noise" else z
         loss = ratio(model.fdm(now, z), future, now)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        descend(loss, optimizer, step, args)
         seen.append(loss.item())
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
             speed, share = (step + 1) * len(now) / (time.time() - begin), 100 * loading / (time.time() - begin)

@@ -6,9 +6,9 @@ Stage 3, the hierarchical policy: from frames and a sentence to a skill, and fro
         low level    pi_l(o_t, text, skill) -> latent actions z^l_t, z^l_{t+1}, ...  skill: what pi_h predicts
     fine-tune, on --demos labelled demonstrations: pi_h is FROZEN, pi_l's head is replaced and trained on real actions
 
-Both have BAKU's architecture (NeurIPS 2024), smaller: an image encoder with FiLM by the condition, one token each for condition, cameras,
-proprio and ACTION, a causal transformer, read at the ACTION token; actions come in chunks. The flat baseline is the same network with the
-text as its condition, no pretraining, and the same labelled data, steps, batch and augmentation.
+Both have BAKU's architecture (NeurIPS 2024), smaller: an image encoder with FiLM by the text, one token each for text, cameras, proprio,
+skill and ACTION, a causal transformer, read at the ACTION token; actions come in chunks. The flat baseline is the same network without the
+skill token and without pretraining, on the same labelled data, with the same steps, batch and augmentation.
 
     python policy.py                          # toy world: hilam and flat on 10 % of the demonstrations, 8 minutes on two CPU cores
     python policy.py --variant flat --demos 5 --data data/libero_object --out out/libero_object --steps 4000
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 from data import fail, fingerprint, load_checkpoint, load_weights, open_sets, write
-from lam import Block, ConvBlock, get_lr, resume, save_checkpoint, setup, stage_parser, step_rng
+from lam import Block, ConvBlock, descend, resume, save_checkpoint, setup, stage_parser, step_rng
 from skills import load_latents
 
 # variant: (stage of the skill that the high level predicts, stage of the vectors on which the acting level is pretrained); None: not there.
@@ -72,33 +72,35 @@ class TextEncoder(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.words = nn.EmbeddingBag(WORDS + 1, width, mode="sum", padding_idx=0)        # a mean would drown the few words that differ
+        self.words = nn.Embedding(WORDS + 1, width, padding_idx=0)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens):
-        return self.norm(self.words(tokens))
+        return self.norm(self.words(tokens).sum(1))                                 # a mean would drown the few words that differ
 
 class Policy(nn.Module):
-    """One level: images and a condition vector -> a chunk of vectors.
+    """One level: images, the text's vector and perhaps a skill -> a chunk of vectors. text 0 or skill 0: built without it.
 
-    images (B, cameras, 3, S, S), condition (B, condition), proprio (B, P) or None -> (B, chunk, out)."""
+    images (B, cameras, 3, S, S), text (B, W) or None, skill (B, skill) or None, proprio (B, P) or None -> (B, chunk, out)."""
 
-    def __init__(self, size, cameras, proprio, condition, out, chunk, args):
+    def __init__(self, size, cameras, proprio, text, skill, out, chunk, args):
         super().__init__()
         w, c, self.patch, self.chunk, self.cameras = args.width, args.channels, size // 16, chunk, cameras
-        self.condition = nn.Sequential(nn.Linear(condition, w), nn.LayerNorm(w), nn.SiLU(), nn.Linear(w, w), nn.LayerNorm(w))
+        token = lambda n: nn.Sequential(nn.Linear(n, w), nn.LayerNorm(w), nn.SiLU(), nn.Linear(w, w), nn.LayerNorm(w)) if n else None
+        self.text, self.skill = token(text), token(skill)
         self.conv = nn.ModuleList([ConvBlock(3 * self.patch ** 2 + 2, c, 1, w), ConvBlock(c, 2 * c, 2, w), ConvBlock(2 * c, 2 * c, 1, w)])
         self.fine = ConvBlock(2 * c, 16, 1, w)                     # 8 x 8 x 16, kept whole: fine differences of place
         self.look, self.select, self.image = nn.Linear(10 * c + 16 * 64, 2 * w), nn.Linear(w, 4 * w), nn.Linear(2 * w, w)
         self.proprio = nn.Sequential(nn.Linear(max(1, proprio), w), nn.SiLU(), nn.Linear(w, w))
         self.no_proprio, self.no_camera = nn.Parameter(torch.zeros(w)), nn.Parameter(torch.zeros(w))         # human video has neither
-        self.action, self.kind = nn.Parameter(0.02 * torch.randn(w)), nn.Parameter(0.02 * torch.randn(cameras + 3, w))
+        self.action, tokens = nn.Parameter(0.02 * torch.randn(w)), cameras + 2 + (text > 0) + (skill > 0)
+        self.kind = nn.Parameter(0.02 * torch.randn(tokens, w))
         self.blocks, self.norm, self.head = nn.Sequential(*[Block(w) for _ in range(args.layers)]), nn.RMSNorm(w), nn.Linear(w, chunk * out)
 
-    def forward(self, images, condition, proprio=None):
+    def forward(self, images, text=None, skill=None, proprio=None):
         b, cameras, *_ = images.shape
-        condition = self.condition(condition)                                      # (B, W)
-        each = condition.repeat_interleave(cameras, 0)                             # one encoder for all cameras, as in BAKU
+        told = [net(x) for net, x in ((self.text, text), (self.skill, skill)) if net is not None]             # (B, W) each
+        each = told[0].repeat_interleave(cameras, 0)                               # one encoder for all cameras, as in BAKU
         x = F.pixel_unshuffle(images.flatten(0, 1) - 0.5, self.patch)              # (B * cameras, ., 16, 16)
         place, seen = torch.linspace(-1, 1, 16, device=x.device).expand(len(x), 1, 16, 16), []
         x = torch.cat([x, place, place.transpose(2, 3)], 1)
@@ -106,12 +108,12 @@ class Policy(nn.Module):
             x = block(x, each)                                                     # where each channel looks, sharpened
             at, line = (4 * x.flatten(2)).softmax(-1).view_as(x), torch.linspace(-1, 1, x.shape[-1], device=x.device)
             seen += [at.sum(2) @ line, at.sum(3) @ line]
-        scale, shift = self.select(each).chunk(2, 1)                               # FiLM again: the condition selects among the places
+        scale, shift = self.select(each).chunk(2, 1)                               # FiLM again: the text selects among the places
         x = self.look(torch.cat(seen + [self.fine(x, each).flatten(1)], 1)) * (1 + scale) + shift
         x = self.image(F.silu(x)).view(b, cameras, -1)
         x = torch.cat([x, self.no_camera.expand(b, self.cameras - cameras, -1)], 1)
         body = self.no_proprio.expand(b, -1) if proprio is None else self.proprio(proprio)
-        tokens = torch.cat([condition[:, None], x, body[:, None], self.action.expand(b, 1, -1)], 1) + self.kind
+        tokens = torch.stack([*told[:1], *x.unbind(1), body, *told[1:], self.action.expand(b, -1)], 1) + self.kind
         return self.head(self.norm(self.blocks(tokens)[:, -1])).view(b, self.chunk, -1)
 
 class Agent(nn.Module):
@@ -122,10 +124,11 @@ class Agent(nn.Module):
     def __init__(self, shape, args):
         super().__init__()
         w, self.shape, self.low_text = args.width, dict(shape), args.low_text or not shape["skill"]
-        make = lambda cameras, condition, out, chunk: Policy(shape["size"], cameras, shape["proprio"], condition, out, chunk, args)
-        self.high_text, self.high = (TextEncoder(w), make(shape["high_cameras"], w, shape["skill"], 1)) if shape["skill"] else (None, None)
+        make = lambda cameras, *rest: Policy(shape["size"], cameras, shape["proprio"], *rest, args)
+        high = shape["skill"] > 0
+        self.high_text, self.high = (TextEncoder(w), make(shape["high_cameras"], w, 0, shape["skill"], 1)) if high else (None, None)
         self.text = TextEncoder(w) if self.low_text else None
-        self.low = make(shape["cameras"], shape["skill"] + w * self.low_text, shape["target"], args.chunk)
+        self.low = make(shape["cameras"], w * self.low_text, shape["skill"], shape["target"], args.chunk)
         for name, width in (("proprio", shape["proprio"]), ("target", shape["target"])):
             self.register_buffer(f"{name}_mean", torch.zeros(width)), self.register_buffer(f"{name}_scale", torch.ones(width))
 
@@ -135,12 +138,11 @@ class Agent(nn.Module):
 
     def forward(self, images, tokens, proprio=None, skill=None):
         """pi_l: normalised targets (B, chunk, target). skill (B, skill): pi_h's, computed here when it is not given."""
-        condition = [] if self.high is None else [self.skill(images, tokens) if skill is None else skill]
-        condition = condition + [self.text(tokens)] if self.low_text else condition
+        skill = self.skill(images, tokens) if self.high is not None and skill is None else skill
         proprio = None if proprio is None else (proprio - self.proprio_mean) / self.proprio_scale
-        return self.low(images, torch.cat(condition, -1), proprio)
+        return self.low(images, self.text(tokens) if self.low_text else None, skill, proprio)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def act(self, frames, wrist, proprio, texts):
         """Observations of B environments -> (B, chunk, A) actions in the environment's own units. frames, wrist: (B, S, S, 3) uint8."""
         device = self.target_mean.device
@@ -211,8 +213,7 @@ def l1(prediction, target, mask):
 
 def train(agent, labels, args, path, stage, device, objective):
     """The loop of both phases. objective(batch) -> dict of losses, whose sum is descended. Returns the last means and the seconds."""
-    parameters = [p for p in agent.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=1e-3, fused=True)
+    optimizer = torch.optim.AdamW([p for p in agent.parameters() if p.requires_grad], lr=args.lr, weight_decay=1e-3, fused=True)
     (first, begin), seen, mean = resume(path, stage, args, agent, optimizer), [], {}
     share = -(-args.batch // len(labels))
     for step in tqdm(range(first, args.steps), path.stem, initial=first, total=args.steps, disable=None):
@@ -220,12 +221,7 @@ def train(agent, labels, args, path, stage, device, objective):
         batches = [part.batch(rng.choice(part.rows, share), args.chunk, agent.shape["cameras"], device) for part in labels]
         records = [objective(augment(images), *rest) for images, *rest in batches]
         loss = sum(sum(r.values()) for r in records) / len(records)
-        for group in optimizer.param_groups:
-            group["lr"] = get_lr(step, args)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        descend(loss, optimizer, step, args)
         seen.append({k: np.mean([r[k].item() for r in records]) for k in records[0]})
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
             mean = {k: float(np.mean([s[k] for s in seen[-args.log_every:]])) for k in seen[-1]}

@@ -24,12 +24,15 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from scipy.signal import find_peaks
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import maximum_bipartite_matching
 from tqdm import tqdm
 from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
 import lam
 from data import fail, fingerprint, load_checkpoint, load_weights, open_sets, write
-from lam import Block, draw_strip, get_lr, resume, save_checkpoint, setup, stage_parser, step_rng, upright
+from lam import Block, descend, draw_strip, resume, save_checkpoint, setup, stage_parser, step_rng, upright
 
 def get_args(argv=None):
     parser = stage_parser(__doc__, steps=600)
@@ -60,8 +63,9 @@ def ste(c):
 
 def route(q, k, mask):
     """Boundary probability and boundaries, (B, L), from q, k (B, L, D) (H-Net, eq. 4). The first position is always one, padding never."""
-    p = (1 - F.cosine_similarity(q[:, :-1], k[:, 1:], dim=-1)) / 2
-    p = torch.cat([p.new_ones(len(p), 1), p], 1)                                    # (B, L)
+    q, k = q[:, :-1], k[:, 1:]
+    cosine = (q * k).sum(-1) / ((q * q).sum(-1) * (k * k).sum(-1)).clamp_min(1e-16).sqrt()     # backwards faster than cosine_similarity
+    p = torch.cat([q.new_ones(len(q), 1), (1 - cosine) / 2], 1)                     # (B, L)
     return p, (p >= 0.5) & mask
 
 def chunk(h, boundary):
@@ -72,15 +76,15 @@ def chunk(h, boundary):
     return h.gather(1, position[..., None].expand(-1, -1, h.shape[-1])), mask, position
 
 def dechunk(x, p, boundary, position):
-    """Smooth the chunks and spread them over their positions: y_m = (1 - p_m) y_{m-1} + p_m x_m; out_t = y of t's chunk (H-Net, eq. 5, 9).
-
-    x (B, M, D), p and boundary (B, L) -> (B, L, D). The recurrence is a product with the lower-triangular matrix
-    W_mn = p_n prod_{j=n+1..m} (1 - p_j), built in log space."""
-    p = p.gather(1, position).clamp(1e-4, 1 - 1e-4).float()                         # (B, M)
-    s = torch.log1p(-p).cumsum(1)
-    w = (s[:, :, None] - s[:, None, :]).tril().exp().tril() * p[:, None, :]
+    """Smooth the chunks and spread them over their positions: y_m = (1 - p_m) y_{m-1} + p_m x_m; out_t = ste(c_t) y of t's chunk, with the
+    confidence c_t = p_t at boundaries, 1 - p_t elsewhere (H-Net, eq. 5-9). x (B, M, D), p and boundary (B, L) -> (B, L, D).
+    The recurrence is a product with the lower-triangular matrix W_mn = p_n prod_{j=n+1..m} (1 - p_j), built in log space."""
+    kept = p.gather(1, position).clamp(1e-4, 1 - 1e-4).float()                      # (B, M)
+    s = torch.log1p(-kept).cumsum(1)
+    w = (s[:, :, None] - s[:, None, :]).tril().exp().tril() * kept[:, None, :]
     index = boundary.long().cumsum(1).sub(1).clamp_min(0)
-    return (w.to(x.dtype) @ x).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+    w = w.gather(1, index[..., None].expand(-1, -1, w.shape[-1]))                   # (B, L, M): every position has its chunk's row
+    return (w * ste(torch.where(boundary, p, 1 - p))[..., None]).to(x.dtype) @ x    # scaling W is cheaper than scaling y
 
 def ratio_loss(boundary, p, mask, n):
     """N/(N-1) ((N-1) F G + (1-F)(1-G)) with F the share of boundaries and G the mean probability (H-Net, eq. 10). Returns loss, F, G."""
@@ -109,8 +113,7 @@ class Stage(nn.Module):
         if self.pad is not None:
             z = torch.cat([z, self.pad.expand(*z.shape[:2], -1)], -1)
         y, above = self.main(z, inner_mask) if isinstance(self.main, Stage) else (self.main(z), [])
-        confidence = torch.where(boundary, p, 1 - p)[..., None]
-        out = dechunk(y[..., :h.shape[-1]], p, boundary, position) * ste(confidence) + self.residual(h)
+        out = dechunk(y[..., :h.shape[-1]], p, boundary, position) + self.residual(h)
         return self.decoder(out), [Routing(p, boundary, mask, h)] + above
 
 class HNet(nn.Module):
@@ -141,34 +144,23 @@ def frame_rate(routings):
 # ---------------------------------------------------------------- data
 def load_latents(dataset, out):
     """Latents of a packed set: those stage 1 wrote into out, or latents.npy inside the set, from any other LAM. Returns (T, D) float32."""
-    for path in (Path(out, f"latents.{dataset.name}.npy"), dataset.path / "latents.npy"):
-        if path.exists():
-            z = np.load(path)
-            if len(z) != dataset.total or not np.isfinite(z).all():
-                fail(f"{path}: {len(z)} latents for {dataset.total} frames, or a NaN among them: run `python lam.py` again")
-            return z
+    for path in filter(Path.exists, (Path(out, f"latents.{dataset.name}.npy"), dataset.path / "latents.npy")):
+        if len(z := np.load(path)) != dataset.total or not np.isfinite(z).all():
+            fail(f"{path}: {len(z)} latents for {dataset.total} frames, or a NaN among them: run `python lam.py` again")
+        return z
     fail(f"no latents for {dataset.path}: run `python lam.py` with the same --data and --out first")
 
 def get_batch(sets, latents, gap, count, window, rng, episodes):
     """Random stretches of episodes: z (B, L, D), mask (B, L), their rows in the packed sets (B, L), and which set each is from (B,)."""
     parts = []
     for i, (dataset, latent) in enumerate(zip(sets, latents)):
-        e = rng.choice(episodes[i], -(-count // len(sets)))
-        length, t = np.maximum(2, dataset.length[e] - gap)[:, None], np.arange(window)
-        t = (rng.random(length.shape) * np.maximum(1, length - window + 1)).astype(int) + t                  # (B, window)
+        length = np.maximum(2, dataset.length[e := rng.choice(episodes[i], -(-count // len(sets)))] - gap)[:, None]
+        t = (rng.random(length.shape) * np.maximum(1, length - window + 1)).astype(int) + np.arange(window)  # (B, window)
         rows = dataset.start[e][:, None] + np.minimum(t, length - 1)
         parts.append((latent[rows], t < length, rows, np.full(len(e), i)))
-    z, mask, rows, source = (np.concatenate(x) for x in zip(*parts))
+    z, mask, rows, source = map(np.concatenate, zip(*parts))
     longest = mask.sum(1).max()
     return torch.from_numpy(z[:, :longest]), torch.from_numpy(mask[:, :longest]), rows[:, :longest], source
-
-def whole(dataset, latent, episodes, gap, batch=32):
-    """All of the given episodes, in padded batches: yields (episodes, z (B, L, D), mask (B, L))."""
-    for part in np.array_split(episodes, max(1, len(episodes) // batch)):
-        lengths = np.maximum(1, dataset.length[part] - gap)
-        t = np.arange(lengths.max())
-        rows = dataset.start[part][:, None] + np.minimum(t, lengths[:, None] - 1)
-        yield part, torch.from_numpy(latent[rows]), torch.from_numpy(t < lengths[:, None])
 
 def losses(model, fdm, batch, sets, args, scale, rng, device):
     """The three losses of a batch, and F and G of every stage. scale: mean and standard deviation that standardised the latents."""
@@ -192,97 +184,111 @@ def losses(model, fdm, batch, sets, args, scale, rng, device):
 def events(phase, names):
     """Frames at which the true skill changes: the middle of each grasp and of each release, and any other change of phase. phase (L,)."""
     starts = np.flatnonzero(np.diff(phase, prepend=phase[0] - 1))
-    ends, out = np.append(starts[1:], len(phase)), []
-    short = [names[phase[s]] in ("grasp", "release") for s in starts]
-    for i in range(len(starts)):
-        if short[i]:
-            out.append((starts[i] + ends[i] - 1) // 2)
-        elif i and not short[i - 1]:
-            out.append(starts[i])
-    return np.array(out, int)
+    short = np.isin(phase[starts], [names.index("grasp"), names.index("release")])
+    keep = short | ~np.append(True, short[:-1])                     # where a grasp ends is no further event, nor is the first frame
+    return np.where(short, (starts + np.append(starts[1:], len(phase)) - 1) // 2, starts)[keep]
 
 def match(found, true, slack=2):
-    """Number of true events with a boundary of their own within slack frames, matched in order of time."""
-    hits, used = 0, 0
-    for t in true:
-        while used < len(found) and found[used] < t - slack:
-            used += 1
-        if used < len(found) and found[used] <= t + slack:
-            hits, used = hits + 1, used + 1
-    return hits
+    """Number of true events with a boundary of their own within slack frames: a maximum bipartite matching."""
+    near = csr_matrix(np.abs(np.asarray(found, int)[:, None] - np.asarray(true, int)) <= slack)
+    return int((maximum_bipartite_matching(near) >= 0).sum()) if near.nnz else 0
 
 def f1(pairs):
     """F1 over episodes of (boundaries, events), +-2 frames; the first frame of an episode is a boundary for free and does not count."""
-    hits = sum(match(b, e) for b, e in pairs)
-    return 2 * hits / max(1, sum(len(b) + len(e) for b, e in pairs))
+    return 2 * sum(match(b, e) for b, e in pairs) / max(1, sum(len(b) + len(e) for b, e in pairs))
 
 def peaks(z, count):
     """The count highest local maxima of the cosine dissimilarity of adjacent latents z (L, D): a control that needs no network."""
-    n = z / (np.linalg.norm(z, axis=1, keepdims=True) + 1e-6)
-    d = np.append(1 - (n[1:] * n[:-1]).sum(1), 0)
-    top = [t for t in range(1, len(d) - 1) if d[t] >= d[t - 1] and d[t] > d[t + 1]]
-    return np.sort(np.array(sorted(top, key=lambda t: -d[t])[:count], int)) + 1
+    d = 1 - F.cosine_similarity(torch.from_numpy(z[1:]), torch.from_numpy(z[:-1])).numpy()
+    top = find_peaks(np.pad(d, 1, constant_values=-1))[0]           # of the padded d: position t + 1 is between z_t and z_{t+1}
+    return np.sort(top[np.argsort(-d[top - 1], kind="stable")[:count]])
 
 @torch.no_grad()
-def segment(model, dataset, latent, gap, device):
-    """Boundaries (T, stages) bool and skills, one (T, D) a stage. The k last frames, which have no latent, stay in the last segment."""
-    boundaries, skills = [], []
-    for part, z, mask in whole(dataset, latent, np.arange(len(dataset.start)), gap):
-        at, skill = frame_rate(model(z.to(device), mask.to(device))[1])
-        at = torch.stack(at, -1)
-        for i, (length, n) in enumerate(zip(dataset.length[part], mask.sum(1).numpy())):
-            t = np.minimum(np.arange(length), n - 1)
-            boundaries.append(at[i, t].cpu().numpy() & (np.arange(length) < n)[:, None])
-            skills.append([x[i, t].cpu().numpy() for x in skill])
-    return np.concatenate(boundaries), [np.concatenate(x) for x in zip(*skills)]
+def segment(model, dataset, latent, gap, device, batch=32):
+    """All of a packed set, in padded batches of episodes: boundaries (T, stages) bool, skills, one (T, D) a stage, and at t the prediction
+    of latent t+1, (T, latent). The k last frames of an episode, which have no latent, stay in the last segment."""
+    out = []
+    for part in np.array_split(np.arange(len(dataset.start)), max(1, len(dataset.start) // batch)):
+        lengths = np.maximum(1, dataset.length[part] - gap)
+        t = np.arange(lengths.max())
+        z = torch.from_numpy(latent[dataset.start[part][:, None] + np.minimum(t, lengths[:, None] - 1)])
+        prediction, routings = model(z.to(device), torch.from_numpy(t < lengths[:, None]).to(device))
+        at, skills = frame_rate(routings)
+        arrays = [x.cpu().numpy() for x in (torch.stack(at, -1), prediction, *skills)]
+        for i, (n, length) in enumerate(zip(lengths, dataset.length[part])):
+            out.append([a[i, np.minimum(np.arange(length), n - 1)] for a in arrays])
+            out[-1][0][n:] = False
+    boundaries, prediction, *skills = map(np.concatenate, zip(*out))
+    return boundaries, skills, prediction
 
 def score(sets, latents, boundaries, skills, gap):
-    """Boundary F1 of every stage and of its controls, and NMI of clustered top skills with the true phase, on held-out episodes."""
+    """Figures of every stage on held-out episodes, lists with one number a stage: boundary F1 and its controls; NMI of clustered skill
+    vectors with the true phase; share of segments whose nearest one in another episode, in another set, has the same phase."""
     keys = ["boundary_f1", "boundary_f1_uniform", "boundary_f1_random", "boundary_f1_peaks"]
-    figures, rng = {key: [] for key in keys}, np.random.default_rng(0)
+    more = ["skill_nmi", "skill_retrieval", "skill_retrieval_other_set"]
+    figures, rng, stages = {key: [] for key in keys + more}, np.random.default_rng(0), boundaries[0].shape[1]
     known = [i for i, dataset in enumerate(sets) if dataset.truth("phase") is not None]
-    if not known:
-        return dict.fromkeys(keys + ["skill_nmi"])
-    for stage in range(boundaries[0].shape[1]):
-        pairs = {key: [] for key in keys}
-        for i in known:
-            for e in sets[i].split("val"):
-                r, n = slice(sets[i].start[e], sets[i].start[e] + sets[i].length[e]), sets[i].length[e] - gap
-                found = np.flatnonzero(boundaries[i][r, stage])[1:]
-                uniform = np.linspace(0, n, len(found) + 2)[1:-1].round().astype(int)
-                chance = np.sort(rng.choice(np.arange(1, n), len(found), replace=False))
-                for key, control in zip(keys, (found, uniform, chance, peaks(latents[i][r][:n], len(found)))):
-                    pairs[key].append((control, events(sets[i].truth("phase")[r], sets[i].phases)))
-        for key in keys:
-            figures[key].append(f1(pairs[key]))
-    rows = [sets[i].rows(sets[i].split("val"), gap) for i in known]
-    phase = np.concatenate([sets[i].truth("phase")[r] for i, r in zip(known, rows)])
-    top = np.concatenate([skills[i][-1][r] for i, r in zip(known, rows)])
-    clusters = KMeans(len(np.unique(phase)), n_init=4, random_state=0).fit_predict(top)
-    return figures | dict(skill_nmi=normalized_mutual_info_score(phase, clusters))
+    for stage in range(stages if known else 0):
+        pairs, pieces, frames = {key: [] for key in keys}, [], []
+        for i, e in [(i, e) for i in known for e in sets[i].split("val")]:
+            n, phase = sets[i].length[e] - gap, sets[i].truth("phase")
+            r = slice(sets[i].start[e], sets[i].start[e] + n)
+            found, phase = np.flatnonzero(boundaries[i][r, stage]), np.asarray(phase[r])
+            uniform = np.linspace(0, n, len(found) + 1)[1:-1].round().astype(int)
+            chance = np.sort(rng.choice(np.arange(1, n), len(found) - 1, replace=False))
+            for key, control in zip(keys, (found[1:], uniform, chance, peaks(latents[i][r], len(found) - 1))):
+                pairs[key].append((control, events(phase, sets[i].phases)))
+            frames.append((vectors := skills[i][stage][r], phase))
+            pieces += [(vectors[a], np.bincount(phase[a:b]).argmax(), 10 ** 6 * i + e, i) for a, b in zip(found, np.append(found[1:], n))]
+        [figures[key].append(f1(pairs[key])) for key in keys]
+        vectors, phase = map(np.concatenate, zip(*frames))
+        clusters = KMeans(len(np.unique(phase)), n_init=4, random_state=0).fit_predict(vectors)
+        figures["skill_nmi"].append(normalized_mutual_info_score(phase, clusters))
+        vectors, labels, episode, name = map(np.array, zip(*pieces))
+        n = F.normalize(torch.from_numpy(vectors - vectors.mean(0)), dim=1)
+        for key, group in zip(more[1:], (episode, name) if len(known) > 1 else (episode,)):
+            near = (n @ n.T).masked_fill(torch.from_numpy(group[:, None] == group), -2).argmax(1).numpy()
+            figures[key].append(float((labels[near] == labels).mean()))
+    return figures if known else dict.fromkeys(figures)
 
 @torch.no_grad()
-def evaluate(model, fdm, sets, latents, args, scale, gap, device):
+def evaluate(fdm, sets, latents, boundaries, predictions, args, scale, gap, device):
     """On held-out episodes: next-latent l1 over copying the last latent, error of the frame drawn from it over copying, chunk rates."""
-    l1, copy, frames, rates = 0.0, 0.0, [], []
-    for dataset, latent in zip(sets, latents):
-        for part, z, mask in whole(dataset, latent, dataset.split("val"), gap):
-            z, mask = z.to(device), mask.to(device)
-            prediction, routings = model(z, mask)
-            valid = mask[:, 1:]
-            l1 += (prediction[:, :-1] - z[:, 1:]).abs()[valid].sum().item()
-            copy += (z[:, :-1] - z[:, 1:]).abs()[valid].sum().item()
-            rates.append([(int(r.boundary.sum()), int(r.mask.sum())) for r in routings])
-            if fdm is not None:
-                b, t = (x.cpu().numpy()[::8] for x in torch.where(valid))
-                now, future = (lam.images(dataset, dataset.start[part][b] + t + 1 + k, fdm.wrist, device) for k in (0, gap))
-                frames.append(lam.ratio(fdm(now, prediction[b, t] * scale[1] + scale[0]), future, now).item())
-    kept = np.array(rates).sum(0)
-    return dict(latent_l1_over_copy=l1 / copy, chunk_rate=(kept[:, 0] / kept[:, 1]).tolist(), target_rate=[1 / n for n in args.chunk],
-                frame_error_predicted_latent=float(np.mean(frames)) if frames else None)
+    rows, frames = [s.rows(s.split("val"), gap + 1) for s in sets], []                # those with a next latent
+    l1, copy = (sum(np.abs(z[r + 1] - g[r]).sum() for z, g, r in zip(latents, guess, rows)) for guess in (predictions, latents))
+    kept = sum(b[s.rows(s.split("val"), gap)].sum(0) for s, b in zip(sets, boundaries))
+    total = sum(len(s.rows(s.split("val"), gap)) for s in sets)
+    for dataset, prediction, r in zip(sets, predictions, rows if fdm else []):
+        for part in np.array_split(r[::8], max(1, len(r) // 2048)):
+            now, future = (lam.images(dataset, part + 1 + k, fdm.wrist, device) for k in (0, gap))
+            z = torch.from_numpy(prediction[part]).to(device) * scale[1] + scale[0]
+            frames.append(lam.ratio(fdm(now, z), future, now).item())
+    return dict(latent_l1_over_copy=float(l1 / copy), frame_error_predicted_latent=float(np.mean(frames)) if frames else None,
+                chunk_rate=(kept / np.append(total, kept[:-1])).tolist(), target_rate=[1 / n for n in args.chunk])
 
-def draw(path, sets, boundaries):
-    """Film strip of one held-out video a set: stage-1 boundaries framed orange, stage-2 boundaries red (HiLAM, figure 4)."""
+@torch.no_grad()
+def rollout(model, fdm, sets, latents, scale, device, seen=24, jumps=8):
+    """Recursion on held-out videos (HiLAM, figure 5): after `seen` true latents each is predicted from predicted ones, a frame drawn from
+    a drawn one. Returns the errors of frames 1 .. jumps (k apart) over copying the last one known, and rows for draw()."""
+    rows, errors, last = [], [], seen - 1 + fdm.gap                                 # the newest frame that the true latents know
+    for dataset, latent in zip(sets, latents):
+        start = dataset.start[e := dataset.split("val")][dataset.length[e] > last + jumps * fdm.gap]
+        if not len(start):
+            continue
+        z = torch.from_numpy(latent[start[:, None] + np.arange(seen)]).to(device)   # (E, seen, D), then longer and longer
+        while z.shape[1] <= last + (jumps - 1) * fdm.gap:
+            z = torch.cat([z, model(z, torch.ones_like(z[..., 0], dtype=torch.bool))[0][:, -1:]], 1)
+        true = [lam.images(dataset, start + last + j * fdm.gap, fdm.wrist, device) for j in range(jumps + 1)]
+        drawn = true[:1]
+        for j in range(jumps):
+            drawn.append(fdm(drawn[-1], z[:, last + j * fdm.gap] * scale[1] + scale[0]).clamp(0, 1))
+        errors.append([lam.ratio(a, b, true[0]).item() for a, b in zip(drawn[1:], true[1:])])
+        show = lambda x: upright(dataset, torch.stack(x)[:, 0, :3].mul(255).byte().permute(0, 2, 3, 1).cpu().numpy())
+        rows += [(f"{dataset.name}, true", show(true)), (f"{dataset.name}, predicted", show(drawn))]
+    return (np.mean(errors, 0).tolist() if errors else None), rows
+
+def draw(path, sets, boundaries, more):
+    """Film strip of a held-out video a set: stage-1 boundaries framed orange, stage-2 red (HiLAM, figure 4); below, rows of rollout()."""
     rows, marks = [], {}
     for dataset, b in zip(sets, boundaries):
         e = dataset.split("val")[0]
@@ -290,7 +296,7 @@ def draw(path, sets, boundaries):
             level = [b[t:t + 2].any(0).sum() for t in line]                         # how many stages cut here
             marks |= {(len(rows), c): ("orange", "red", "purple")[min(n, 3) - 1] for c, n in enumerate(level) if n}
             rows.append((dataset.name, upright(dataset, dataset.frames[line])))
-    draw_strip(path, rows, marks)
+    draw_strip(path, rows + more, marks)
 
 def main():
     args = get_args()
@@ -305,30 +311,23 @@ def main():
         load_weights(model, record, lam_path)
         fdm, gap = model.fdm.to(device).requires_grad_(False), record["args"]["gap"]
         fdm.wrist, fdm.gap = record["args"]["wrist"], gap
-    if fdm is None or args.rec == 0:
-        print(f"the reconstruction loss is off: {'--rec 0' if fdm else f'no FDM for these latents, {lam_path} is missing'}")
+    fdm and args.rec or print(f"the reconstruction loss is off: {'--rec 0' if fdm else f'no FDM for these latents, {lam_path} is missing'}")
     rows = np.concatenate([z[s.rows(s.split("train"), gap)] for s, z in zip(sets, raw)])
     scale = rows.mean(0), rows.std(0) + 1e-6
     latents = [((z - scale[0]) / scale[1]).astype(np.float32) for z in raw]          # else adjacent latents are parallel and nothing is cut
     scale = [torch.from_numpy(x).float().to(device) for x in scale]
     widths = args.width * (len(args.chunk) + 1) if len(args.width) == 1 else args.width
     model = HNet(raw[0].shape[1], widths, len(args.chunk), args.layers).to(device)
-    slow, fast = [], []                      # k stays near the latents; q, free to learn, foretells k: a boundary is where that fails
-    for name, p in model.named_parameters():
-        (slow if any(part in name for part in ("embed", "encoder", ".k.")) else fast).append(p)
-    optimizer = torch.optim.AdamW([dict(params=slow, share=args.slow), dict(params=fast, share=1.0)], lr=args.lr, weight_decay=0.01)
+    slow = lambda name: any(part in name for part in ("embed", "encoder", ".k."))    # k stays near the latents; q, free to learn, foretells
+    groups = [dict(params=[p for n, p in model.named_parameters() if slow(n) == s], share=args.slow if s else 1.0) for s in (True, False)]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.01)             # k: a boundary is where that fails
     path, episodes, seen = Path(args.out, "skills.pt"), [[e for e in s.split("train") if s.length[e] > gap + 1] for s in sets], []
     first, begin = resume(path, "skills", args, model, optimizer)
     for step in tqdm(range(first, args.steps), "skills", initial=first, total=args.steps, disable=None):
         rng = step_rng(args.seed, step)
         batch = get_batch(sets, latents, gap, args.batch, args.window, rng, episodes)
         loss, latent, rec, rates = losses(model, fdm if args.rec else None, batch, sets, args, scale, rng, device)
-        for group in optimizer.param_groups:
-            group["lr"] = group["share"] * get_lr(step, args)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        descend(loss, optimizer, step, args)
         seen.append((latent.item(), rec.item(), *np.ravel(rates)))
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
             latent, rec, *fg = np.mean(seen[-args.log_every:], 0)
@@ -336,14 +335,15 @@ def main():
             tqdm.write(f"step {step + 1:6d}  latent l1 {latent:.3f}  frame error/copy {rec:.3f}  {shares}")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             save_checkpoint(path, "skills", args, step + 1, model, optimizer, begin)
-    boundaries, skills = zip(*[segment(model, s, z, gap, device) for s, z in zip(sets, latents)])
+    boundaries, skills, predictions = zip(*[segment(model, s, z, gap, device) for s, z in zip(sets, latents)])
     for dataset, b, s in zip(sets, boundaries, skills):
         write(Path(args.out, f"boundaries.{dataset.name}.npy"), b)
         [write(Path(args.out, f"skills{i + 1}.{dataset.name}.npy"), x) for i, x in enumerate(s)]
-    figures = evaluate(model, fdm, sets, latents, args, scale, gap, device) | score(sets, latents, boundaries, skills, gap)
-    figures["seconds"] = time.time() - begin
+    errors, more = rollout(model, fdm, sets, latents, scale, device) if fdm else (None, [])
+    figures = evaluate(fdm, sets, latents, boundaries, predictions, args, scale, gap, device) | dict(rollout_error=errors)
+    figures |= score(sets, latents, boundaries, skills, gap) | dict(seconds=time.time() - begin)
     write(Path(args.out, "skills.json"), figures)
-    draw(Path(args.out, "skills.png"), sets, boundaries)
+    draw(Path(args.out, "skills.png"), sets, boundaries, more)
     print("  ".join(f"{k} {np.round(v, 3)}" for k, v in figures.items() if v is not None))
 
 if __name__ == "__main__":

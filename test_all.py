@@ -1,6 +1,6 @@
 """Tests of all stages, bad input included, and two short episodes in LIBERO's simulator where it is installed; two minutes on two cores.
-To run them: python -m pytest -q test_all.py"""
-import argparse, contextlib, importlib.util, io, json, os, shutil, subprocess, sys, unittest.mock
+To run them: python -m pytest -q test_all.py. Speed of dynamic chunking: python test_all.py (needs h-net-dynamic-chunking==0.5.19)"""
+import argparse, contextlib, importlib.util, io, json, os, shutil, subprocess, sys, time, unittest.mock
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
@@ -32,10 +32,8 @@ def call(module, *words):                                          # call(lam, "
 def error(module, *words):                                         # main() must leave with status 2 and one line on stderr, returned here
     with contextlib.redirect_stderr(io.StringIO()) as stderr, pytest.raises(SystemExit) as stop:
         call(module, *words)
-    lines = stderr.getvalue().splitlines()
-    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
-
+    assert stop.value.code == 2 and (text := stderr.getvalue()).startswith("error: ") and text.count("\n") == 1, text
+    return text
 checkpoint = lambda path: torch.load(path, weights_only=True)
 contents = lambda folder: {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -47,8 +45,7 @@ def random_hnet(widths, latent=5):
 
 # ---------------------------------------------------------------- dynamic chunking and H-Net
 def test_route():
-    torch.manual_seed(0)
-    q, k, mask = torch.randn(2, 20, 3), torch.randn(2, 20, 3), torch.arange(20) < torch.tensor([[20], [9]])
+    q, k, mask = *torch.randn(2, 2, 20, 3, generator=torch.Generator().manual_seed(0)), torch.arange(20) < torch.tensor([[20], [9]])
     p, boundary = skills.route(q, k, mask)
     for b, t in np.ndindex(2, 20):
         expected = 1 if t == 0 else float(1 - q[b, t - 1] @ k[b, t] / q[b, t - 1].norm() / k[b, t].norm()) / 2
@@ -61,20 +58,15 @@ def test_chunk_and_dechunk_equal_the_loop():
     z, mask, position = skills.chunk(h, boundary)
     assert torch.equal(z[mask], h[boundary]) and mask.sum(1).tolist() == boundary.sum(1).tolist() and z.shape[1] == boundary.sum(1).max()
     def loop(x, p):                                                # y_m = (1 - p_m) y_{m-1} + p_m x_m, one position at a time
-        y, m = [torch.zeros(3, 5)], boundary.cumsum(1) - 1
+        y, m, c = [torch.zeros(3, 5)], boundary.cumsum(1) - 1, torch.where(boundary, p, 1 - p)[..., None]
         for t in range(40):
             w = (p[:, t].clamp(1e-4, 1 - 1e-4) * boundary[:, t])[:, None]
             y.append((1 - w) * y[-1] + w * x[range(3), m[:, t]])
-        return torch.stack(y[1:], 1)
+        return torch.stack(y[1:], 1) * (1 + c - c.detach())        # times 1, with the gradient of c: straight through
     for function in (lambda x, p: skills.dechunk(x, p, boundary, position), loop):
-        x, q = z.clone().requires_grad_(), p.clone().requires_grad_()
-        (function(x, q) * weight).sum().backward()
-        results.append((function(x, q), x.grad, q.grad))
-    assert all(torch.allclose(ours, true, atol=1e-4) and true.abs().max() > 0.1 for ours, true in zip(*results))
-
-def test_straight_through_estimator():
-    (skills.ste(c := torch.tensor([0.2, 0.7, 1], requires_grad=True)) * torch.arange(3)).sum().backward()
-    assert torch.allclose(skills.ste(c), torch.ones(3)) and c.grad.tolist() == [0, 1, 2]
+        (out := function(x := z.clone().requires_grad_(), q := p.clone().requires_grad_())).backward(weight)
+        results.append((out, x.grad, q.grad))
+    assert all(torch.allclose(ours, true, atol=1e-5) and true.abs().max() > 0.1 for ours, true in zip(*results))
 
 @pytest.mark.parametrize("marked, probability, n, expected", [(1, 0.25, 4, 1), (2, 0.5, 4, 4 / 3), (4, 1.0, 4, 4), (0, 0.0, 3, 1.5)])
 def test_ratio_loss(marked, probability, n, expected):
@@ -94,8 +86,7 @@ def test_hnet_is_causal_and_blind_to_padding(widths):
         assert all(torch.equal(a[:, :t], b[:, :t]) for a, b in zip(marks, skills.frame_rate(others)[0]))
     longer = torch.cat([torch.where(mask[..., None], z, torch.randn_like(z)), torch.randn(3, 9, 5)], 1)
     for rows, length in (([0, 1, 2], 24), ([0, 1, 2], 33), ([2], 9)):      # other padding, more padding, and an episode on its own
-        m = torch.nn.functional.pad(mask, (0, 9))[rows, :length]
-        after, others = model(longer[rows, :length], m)
+        after, others = model(longer[rows, :length], m := torch.nn.functional.pad(mask, (0, 9))[rows, :length])
         assert torch.allclose(before[rows][mask[rows]], after[m], atol=1e-4)
         assert all(torch.equal(a[rows][mask[rows]], b[m]) and not b[~m].any() for a, b in zip(marks, skills.frame_rate(others)[0]))
 
@@ -103,7 +94,7 @@ def test_hnet_is_causal_and_blind_to_padding(widths):
 def test_skills_at_frame_rate_equal_the_loop(widths):
     dataset, model, gap = argparse.Namespace(start=np.array([0, 30]), length=np.array([30, 17]), total=47), random_hnet(widths), 3
     latent = np.random.default_rng(0).standard_normal((47, 5)).astype(np.float32)
-    boundaries, vectors = skills.segment(model, dataset, latent, gap, "cpu")
+    boundaries, vectors, _ = skills.segment(model, dataset, latent, gap, "cpu")
     for start, length in ((0, 30), (30, 17)):
         at = list(range(length - gap))                             # the frame of each position of a stage
         _, routings = model(torch.from_numpy(latent[start:start + length - gap])[None], torch.ones(1, length - gap, dtype=torch.bool))
@@ -141,8 +132,7 @@ def test_pack_round_trip_and_targets(tmp_path):
     assert policy.l1(torch.where(mask[..., None], target + 0.5, 1e6), target, mask).item() == pytest.approx(0.5)
 
 def test_toy_depends_on_the_seed_alone(tmp_path):
-    [data.pack_toy(tmp_path / name, hand=4, demos=1, seed=seed) for name, seed in zip("abc", (3, 3, 4))]
-    a, b, c = (contents(tmp_path / name) for name in "abc")
+    a, b, c = (data.pack_toy(tmp_path / name, 4, 1, seed=seed) or contents(tmp_path / name) for name, seed in zip("abc", (3, 3, 4)))
     assert a == b and all(a[key] != c[key] for key in ("hand/frames.bin", "robot/frames.bin", "robot/actions.bin"))
 
 def test_toy_demonstrations_replayed_succeed(run):
@@ -169,8 +159,7 @@ def write_libero(folder, demos=12, frames=5, **change):            # official sc
             arrays = {"actions": np.repeat(i + j / 100, 7, 1), "states": j, "robot_states": j, "rewards": j[:, 0], "dones": j[:, 0],
                       "obs/joint_states": np.repeat(i + j / 10, 7, 1), "obs/gripper_states": np.repeat(-i - j / 10, 2, 1),
                       "obs/agentview_rgb": image(10 * i + j), "obs/eye_in_hand_rgb": image(255 - 10 * i - j)} | change
-            for name in arrays.keys() - {k for k, v in change.items() if v is None}:
-                file[f"data/demo_{i}/{name}"] = arrays[name]
+            [file.create_dataset(f"data/demo_{i}/{name}", data=array) for name, array in arrays.items() if array is not None]
     return path
 
 def test_libero_import(tmp_path):
@@ -198,14 +187,8 @@ def test_video_import(tmp_path):
     assert np.abs(packed.frames[:, 8, 8, 0].astype(int) - 50 * np.tile(range(5), 2)).max() <= 3
 
 # ---------------------------------------------------------------- the stages end to end
-REPORTS = {"lam": "fdm_error fdm_error_shuffled fdm_error_zero action_r2 action_r2_mean effective_rank seconds", "policy": "losses seconds",
-           "skills": "latent_l1_over_copy chunk_rate target_rate boundary_f1 boundary_f1_uniform boundary_f1_random boundary_f1_peaks "
-                     "skill_nmi frame_error_predicted_latent seconds",
-           "eval_toy_flat": "suite variant demos success_rate ci95 episodes per_task env_steps_per_second seconds"}
-
 def test_what_the_stages_write(run):
-    out, reports = run / "out/toy", {name: json.loads((run / f"out/toy/{name}.json").read_text()) for name in REPORTS}
-    assert all(set(keys.split()) <= set(reports[name]) for name, keys in REPORTS.items())
+    out, reports = run / "out/toy", {p.stem: json.loads(p.read_text()) for p in (run / "out/toy").glob("*.json")}
     assert all(set(reports["policy"][k]) == {"policy_pretrain_z2_z0", "policy_hilam_1", "policy_flat_1"} for k in ("losses", "seconds"))
     assert set(reports["eval_toy_flat"]["per_task"]) == {"0", "3"} and reports["eval_toy_flat"]["episodes"] == 2
     for packed in (data.Packed(run / "data/toy" / name) for name in ("hand", "robot")):
@@ -215,9 +198,8 @@ def test_what_the_stages_write(run):
         assert arrays["boundaries"].shape[1] == 2 and arrays["boundaries"][packed.start].all()
     for name in ("lam.png", "skills.png", "policy.png", "eval_toy_hilam_failure.gif", "eval_toy_flat_failure.gif"):
         assert np.ptp(np.asarray(Image.open(out / name).convert("L"))) > 50
-    before, after = (checkpoint(out / f"policy_{name}.pt")["model"] for name in ("pretrain_z2_z0", "hilam_1"))
-    equal = {k: torch.equal(v, after[k]) for k, v in before.items() if v.shape == after[k].shape}
-    high, low = ([v for k, v in equal.items() if k.startswith(level)] for level in ("high", "low"))
+    old, new = (checkpoint(out / f"policy_{name}.pt")["model"] for name in ("pretrain_z2_z0", "hilam_1"))
+    high, low = ([torch.equal(v, new[k]) for k, v in old.items() if k.startswith(level)] for level in ("high", "low"))
     assert len(high) > 10 and all(high) and np.mean(low) < 0.5     # in fine-tuning only the low level learns
 
 def test_three_stages_on_clips_shorter_than_the_gap(tmp_path):
@@ -235,20 +217,18 @@ def test_interrupted_training_ends_in_the_same_weights(out, monkeypatch, module,
     [(out / f"{name}.pt").unlink() for name in names]
     monkeypatch.setattr(module, "save_checkpoint", lambda *words, **more: (save(*words, **more), sys.exit("killed")))
     for _ in range(2 * len(names)):                                # after each of its checkpoints
-        with pytest.raises(SystemExit, match="killed"):
-            call(module, *words)
+        assert pytest.raises(SystemExit, call, module, *words).value.code == "killed"
     call(module, *words)
-    for name in names:
-        a, b = ((c["model"], c["optimizer"]["state"]) for c in (checkpoint(out / f"{name}.pt"), whole[name]))
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    for a, b in ((checkpoint(out / f"{name}.pt"), whole[name]) for name in names):
+        torch.testing.assert_close(*((c["model"], c["optimizer"]["state"]) for c in (a, b)), rtol=0, atol=0)
 
 def test_interrupted_evaluation_goes_on(out):
     log, words = out / "eval_toy_flat.jsonl", ["--out", out, "--variant", "flat", *TINY[eval_libero]]
     first, second = log.read_text().splitlines()
     log.write_text((changed := json.dumps(json.loads(first) | dict(success=True))) + "\n" + second[:30])   # the kill cut a line
     call(eval_libero, *words)
-    text = log.read_text()
-    assert text.startswith(changed) and second in text and json.loads((out / "eval_toy_flat.json").read_text())["success_rate"] == 0.5
+    text, report = log.read_text(), json.loads((out / "eval_toy_flat.json").read_text())
+    assert text.startswith(changed) and second in text and report["success_rate"] == 0.5
     call(eval_libero, *words)
     assert log.read_text() == text                                 # now nothing was left to run
 
@@ -258,7 +238,6 @@ def test_success_and_its_interval(out, monkeypatch):
     lines, report = (out / "eval_toy_flat.jsonl").read_text().splitlines(), json.loads((out / "eval_toy_flat.json").read_text())
     assert {(r["task"], r["success"], r["steps"]) for r in map(json.loads, lines[-2:])} == {(0, False, 6), (3, True, 1)}
     assert report["per_task"]["3"]["success_rate"] == 1 and report["ci95"] == pytest.approx([0.0945, 0.9055], abs=1e-4)
-    assert [*eval_libero.wilson(0, 10), *eval_libero.wilson(81, 263)] == pytest.approx([0, 0.2775, 0.2553, 0.3662], abs=1e-4)
 
 # ---------------------------------------------------------------- bad input, policy and evaluation
 edit = lambda path, key, change: torch.save(checkpoint(path) | {key: change(checkpoint(path)[key])}, path)
@@ -276,8 +255,7 @@ BROKEN = {                                                         # what is bro
 
 @pytest.mark.parametrize("damage, module, says", BROKEN.values(), ids=BROKEN)
 def test_broken_run_folder(out, damage, module, says):
-    damage(out)
-    before = contents(out)
+    _, before = damage(out), contents(out)
     assert says in error(module, "--out", out, *TINY[module], *["--variant", "flat"] * (module is eval_libero))
     assert contents(out) == before
 
@@ -303,8 +281,7 @@ def test_bad_arguments(out, tmp_path, monkeypatch):
     os.truncate(shutil.copytree("data/toy/robot", tmp_path / "robot") / "frames.bin", 9999)
     assert "frames.bin" in error(lam, "--out", tmp_path / "new", "--data", tmp_path / "robot")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False), monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    for module, words in TINY.items():
-        assert "--device cuda" in error(module, "--out", out, *words, "--device", "cuda")
+    assert all("--device cuda" in error(module, "--out", out, *words, "--device", "cuda") for module, words in TINY.items())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install" in error(eval_libero, "--out", out, "--suite", "libero_object", *TINY[eval_libero])
 
@@ -325,8 +302,8 @@ def test_libero_episodes(tmp_path, monkeypatch):
     monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path / "config"))
     args, seen, act = policy.get_args(["--demos", "5"]), [], policy.Agent.act
     agent = policy.Agent(dict(size=64, cameras=2, high_cameras=1, proprio=9, skill=8, target=7), args)
-    parts = dict(stage="policy", args=vars(args), step=args.steps, model=agent.state_dict(), shape=agent.shape)
-    torch.save(parts, tmp_path / "policy_hilam_5.pt")
+    record = dict(stage="policy", args=vars(args), step=args.steps, model=agent.state_dict(), shape=agent.shape)
+    torch.save(record, tmp_path / "policy_hilam_5.pt")
     monkeypatch.setattr(policy.Agent, "act", lambda self, *observed: seen.append([*observed, act(self, *observed)]) or seen[-1][-1])
     call(eval_libero, "--suite", "libero_object", "--variant", "hilam", "--demos", 5, "--out", tmp_path, "--tasks", 0, "--episodes", 2,
          "--max-steps", 10, "--execute", 8, "--settle", 2, "--workers", 1, "--camera", 64)
@@ -335,8 +312,8 @@ def test_libero_episodes(tmp_path, monkeypatch):
     from libero.libero.envs import OffScreenRenderEnv
     task, folder = benchmark.get_benchmark("libero_object")().get_task(0), lambda key: Path(get_libero_path(key), "libero_object")
     states = torch.load(folder("init_states") / task.init_states_file, weights_only=False)
-    assert len((tmp_path / "config/config.yaml").read_text().splitlines()) == 5
-    sentence = "pick the alphabet soup and place it in the basket"        # of the demonstrations; the benchmark says "pick up the ..."
+    assert len((tmp_path / "config/config.yaml").read_text().splitlines()) == 5 and seen[0][3] == ["pick the alphabet soup and place it in "
+        "the basket"]                                              # as in the demonstrations; the benchmark says "pick up the ..."
     env = OffScreenRenderEnv(bddl_file_name=str(folder("bddl_files") / task.bddl_file), camera_heights=64, camera_widths=64)
     for episode in range(2):
         env.seed(0), env.reset(), env.set_init_state(states[episode])
@@ -345,5 +322,29 @@ def test_libero_episodes(tmp_path, monkeypatch):
             frames, wrist, proprio, texts, _ = seen[2 * episode + decision]
             for ours, official in ((frames, o["agentview_image"]), (wrist, o["robot0_eye_in_hand_image"])):
                 assert ours.shape == (1, 64, 64, 3) and official.std() > 5 and np.abs(ours[0] - official.astype(float)).mean() < 0.2
-            assert np.allclose(proprio[0], [*o["robot0_joint_pos"], *o["robot0_gripper_qpos"]], atol=1e-5) and texts == [sentence]
+            assert np.allclose(proprio[0], [*o["robot0_joint_pos"], *o["robot0_gripper_qpos"]], atol=1e-5) and texts == seen[0][3]
     env.close()
+
+def benchmark(runs=40):
+    """Milliseconds of chunk and dechunk, forward and backward on one thread, ours and h-net-dynamic-chunking's, run in turns."""
+    from h_net_dynamic_chunking import DynamicSequenceChunker       # pip install h-net-dynamic-chunking==0.5.19
+    q, k, other, times = *(torch.nn.Linear(256, 256, bias=False) for _ in range(2)), DynamicSequenceChunker(256), {}
+    q.weight.data, k.weight.data, other.to_queries_keys.weight.data = torch.eye(256), torch.eye(256), torch.eye(256).repeat(2, 1)
+    def ours(x):                                                   # the main network is the identity in both
+        p, boundary = skills.route(q(x), k(x), mask := torch.ones(x.shape[:2], dtype=torch.bool))
+        z, _, position = skills.chunk(x, boundary)
+        return skills.dechunk(z, p, boundary, position), 0.03 * skills.ratio_loss(boundary, p, mask, 6)[0], int(boundary.sum())
+    def theirs(x):
+        (z, upsample, loss), seen = other(x, return_intermediates=True)
+        return upsample(z), loss, int(seen.boundary_mask.sum())
+    for length, function in [(length, f) for length in (64, 256) for _ in range(runs) for f in (ours, theirs)]:
+        sign = 1 - 2 * ((torch.arange(length) // 6 + torch.arange(16)[:, None]) % 2)[..., None]      # at a boundary the vectors turn round
+        x, gradient = (sign * torch.randn(16, 1, 256) + 0.3 * torch.randn(16, length, 256)).requires_grad_(), torch.randn(16, length, 256)
+        begin = time.perf_counter()
+        out, loss, chunks = function(x)
+        torch.autograd.backward([out, loss], [gradient, None])
+        times.setdefault((length, function.__name__, chunks), []).append(1e3 * (time.perf_counter() - begin))
+    for (length, name, chunks), milliseconds in times.items():
+        print(f"B 16, T {length}, D 256, {chunks} chunks: {name} {np.median(milliseconds[5:]):.1f} ms")
+if __name__ == "__main__":
+    benchmark()
