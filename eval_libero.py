@@ -11,10 +11,11 @@ cameras are rendered only when it decides, every --execute steps.
     python eval_libero.py --suite libero_object --replay DATASETS/libero_object --out out/replay      # demonstrations' own actions
 
 Appends a line an episode to OUT/eval_SUITE_VARIANT.jsonl, from which a killed evaluation goes on; writes OUT/eval_SUITE_VARIANT.json, GIFs
-of a success and a failure (all with the number in their names where --demos has several), and OUT/eval_SUITE.png. Intervals: Wilson, 95 %.
+of each task's first success and failure (with the number in their names where --demos has several), OUT/eval_SUITE.png. Wilson's intervals.
 """
 import argparse, importlib.util, itertools, json, math, multiprocessing, os, time, zlib
 from ctypes.util import find_library
+from importlib.metadata import distributions
 from multiprocessing.connection import wait
 from pathlib import Path
 from xml.etree import ElementTree
@@ -272,7 +273,7 @@ def evaluate(args, variant, device):
     wanted = [(t, e) for e in range(args.episodes) for t in args.tasks]
     jobs = sorted(j for j in wanted if j not in done)                            # task by task: a LIBERO scene is slow to build
     if not done:
-        [Path(f"{stem}_{outcome}.gif").unlink(missing_ok=True) for outcome in ("success", "failure")]      # those of an older policy
+        [path.unlink() for path in stem.parent.glob(f"{stem.name}_task*.gif")]                                # those of an older policy
     films, begin, steps = {}, time.time(), 0
     if jobs:
         pool, ensemble = (ToyPool if args.suite == "toy" else LiberoPool)(jobs, args, agent and agent.shape["size"]), Ensemble()
@@ -281,9 +282,8 @@ def evaluate(args, variant, device):
             while left:
                 slots, frames, wrist, proprio, texts = pool.observe()
                 if len(slots):
-                    for slot, frame in zip(slots, frames):
-                        films.setdefault(slot, []).append(frame)
-                    ended = pool.execute(slots, ensemble(slots, agent.act(frames, wrist, proprio, texts), execute))
+                    [films.setdefault(slot, []).append(frame) for slot, frame in zip(slots, frames)]
+                    ended = pool.execute(slots, ensemble(slots, agent.act(frames, wrist, proprio, texts)[0], execute))
                 else:
                     ended = pool.receive()
                 for slot, success, n in ended:
@@ -291,18 +291,19 @@ def evaluate(args, variant, device):
                     done[jobs[slot]] = record
                     file.write(json.dumps(record | dict(settings=settings)) + "\n"), file.flush()
                     left, steps = left - 1, steps + n
-                    keep(films.pop(slot, []), stem, "success" if success else "failure", args.suite != "toy")
+                    keep(films.pop(slot, []), stem, f"task{jobs[slot][0]}_{'success' if success else 'failure'}", args.suite != "toy")
                     bar.update()
         pool.close(), bar.close()
     results, seconds = [done[j] for j in wanted], time.time() - begin
     record = dict(suite=args.suite, variant=variant, demos=args.demos) | rate(results) | dict(
         per_task={str(t): rate([r for r in results if r["task"] == t]) for t in args.tasks},
-        env_steps_per_second=steps / seconds if jobs else None, seconds=seconds, settings=settings)
+        env_steps_per_second=steps / seconds if jobs else None, seconds=seconds, settings=settings, renderer=os.environ.get("MUJOCO_GL"),
+        versions={d.name: d.version for d in distributions() if d.name in ("torch", "numpy", "mujoco", "robosuite", "libero")})
     write(f"{stem}.json", record)
     return record
 
 def keep(film, stem, outcome, upside_down):
-    """Save the first success and the first failure as GIFs, enlarged."""
+    """Save a film (T, H, W, 3) as a GIF, enlarged, unless there is one already: a task's first success and first failure."""
     if film and not (path := Path(f"{stem}_{outcome}.gif")).exists():
         images = [Image.fromarray(np.ascontiguousarray(f[::-1] if upside_down else f)) for f in film]
         images = [i.resize((max(192, i.width),) * 2, Image.NEAREST) for i in images]

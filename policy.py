@@ -21,7 +21,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from matplotlib.figure import Figure
+from scipy.spatial.distance import cdist
 from tqdm import tqdm
 from data import fail, fingerprint, load_checkpoint, load_weights, open_sets, write
 from lam import Block, ConvBlock, descend, resume, save_checkpoint, setup, stage_parser, step_rng
@@ -80,7 +81,6 @@ class TextEncoder(nn.Module):
 
 class Policy(nn.Module):
     """One level: images, the text's vector and perhaps a skill -> a chunk of vectors. text 0 or skill 0: built without it.
-
     images (B, cameras, 3, S, S), text (B, W) or None, skill (B, skill) or None, proprio (B, P) or None -> (B, chunk, out)."""
 
     def __init__(self, size, cameras, proprio, text, skill, out, chunk, args):
@@ -118,7 +118,6 @@ class Policy(nn.Module):
 
 class Agent(nn.Module):
     """Both levels, or a flat policy, with the statistics that normalise proprio and actions. act() is what stage 4 calls.
-
     shape: dict(size, cameras, high_cameras, proprio, skill, target) of the data; the last three are widths, skill 0 for a flat policy."""
 
     def __init__(self, shape, args):
@@ -129,7 +128,7 @@ class Agent(nn.Module):
         self.high_text, self.high = (TextEncoder(w), make(shape["high_cameras"], w, 0, shape["skill"], 1)) if high else (None, None)
         self.text = TextEncoder(w) if self.low_text else None
         self.low = make(shape["cameras"], w * self.low_text, shape["skill"], shape["target"], args.chunk)
-        for name, width in (("proprio", shape["proprio"]), ("target", shape["target"])):
+        for name, width in ((key, shape[key]) for key in ("proprio", "target", "skill")):
             self.register_buffer(f"{name}_mean", torch.zeros(width)), self.register_buffer(f"{name}_scale", torch.ones(width))
 
     def skill(self, images, tokens):
@@ -144,12 +143,14 @@ class Agent(nn.Module):
 
     @torch.inference_mode()
     def act(self, frames, wrist, proprio, texts):
-        """Observations of B environments -> (B, chunk, A) actions in the environment's own units. frames, wrist: (B, S, S, 3) uint8."""
+        """Observations of B environments, frames and wrist (B, S, S, 3) uint8 -> actions (B, chunk, A) and skill (B, D), in true units."""
         device = self.target_mean.device
         cameras = [torch.from_numpy(x).to(device) for x in ([frames] if self.shape["cameras"] == 1 else [frames, wrist])]
         images = torch.stack(cameras, 1).permute(0, 1, 4, 2, 3).float() / 255
-        out = self(images, tokenize(texts).to(device), torch.from_numpy(proprio).float().to(device))
-        return (out.clamp(-1, 1) * self.target_scale + self.target_mean).cpu().numpy()
+        tokens, proprio = tokenize(texts).to(device), torch.from_numpy(proprio).float().to(device)
+        skill = None if self.high is None else self.skill(images, tokens)
+        out = self(images, tokens, proprio, skill).clamp(-1, 1) * self.target_scale + self.target_mean
+        return out.cpu().numpy(), None if skill is None else (skill * self.skill_scale + self.skill_mean).cpu().numpy()
 
 # ---------------------------------------------------------------- data
 class Labels:
@@ -184,16 +185,16 @@ def augment(images):
     return ((x.permute(0, 3, 1, 2).view(b, n, c, s, s) - 0.5) * gain + 0.5 * offset).clamp(0, 1)
 
 def standardise(arrays, rows):
-    """Arrays of several sets, jointly standardised over the given rows of each."""
+    """Arrays of several sets, jointly standardised over the given rows of each; their mean and their standard deviation."""
     used = np.concatenate([a[r] for a, r in zip(arrays, rows)])
-    return [((a - used.mean(0)) / (used.std(0) + 1e-6)).astype(np.float32) for a in arrays]
+    mean, scale = used.mean(0), used.std(0) + 1e-6
+    return [((a - mean) / scale).astype(np.float32) for a in arrays], torch.from_numpy(mean), torch.from_numpy(scale)
 
 def load_stage(dataset, out, stage):
     """Vectors of a stage at frame rate, (T, D): 0 the latent actions, 1 and up the skills of stage 2."""
     if stage == 0:
         return load_latents(dataset, out)
-    path = Path(out, f"skills{stage}.{dataset.name}.npy")
-    if not path.exists():
+    if not (path := Path(out, f"skills{stage}.{dataset.name}.npy")).exists():
         fail(f"{path} is missing: run `python skills.py` with the same --data and --out first")
     if len(vectors := np.load(path)) != dataset.total:
         fail(f"{path}: {len(vectors)} skills for {dataset.total} frames: run `python skills.py` again")
@@ -201,10 +202,9 @@ def load_stage(dataset, out, stage):
 
 def chosen_demos(dataset, demos):
     """Training episodes to use: the first `demos` of every task, or that share of them when it is a float (at least one)."""
-    tasks = {}
-    for e in dataset.split("train"):
-        tasks.setdefault(dataset.episodes[e]["task"], []).append(e)
-    return np.sort(np.concatenate([x[:max(1, round(demos * len(x))) if isinstance(demos, float) else demos] for x in tasks.values()]))
+    tasks, e = np.array([e["task"] for e in dataset.episodes]), dataset.split("train")
+    groups = [e[tasks[e] == task] for task in np.unique(tasks[e])]
+    return np.sort(np.concatenate([x[:max(1, round(demos * len(x))) if isinstance(demos, float) else demos] for x in groups]))
 
 # ---------------------------------------------------------------- training
 def l1(prediction, target, mask):
@@ -239,15 +239,15 @@ def pretrain(args, sets, skill, action, device):
         fail(f"--video {' '.join(args.video)}: not all of these are among {', '.join(s.name for s in sets)}")
     gap = load_checkpoint(Path(args.out, "lam.pt"), "lam")["args"]["gap"] if Path(args.out, "lam.pt").exists() else 0
     rows = [s.rows(s.split("train"), gap) for s in video]
-    targets = standardise([load_stage(s, args.out, action) for s in video], rows)
-    skills = standardise([load_stage(s, args.out, skill) for s in video], rows) if skill else [None] * len(video)
+    targets, *_ = standardise([load_stage(s, args.out, action) for s in video], rows)
+    skills, *units = standardise([load_stage(s, args.out, skill) for s in video], rows) if skill else ([None] * len(video),)
     labels = [Labels(s, s.split("train"), t, k, gap) for s, t, k in zip(video, targets, skills)]
     shape = data_shape(sets) | dict(target=targets[0].shape[1], skill=skills[0].shape[1] if skill else 0)
     shape["high_cameras"] = 1 + all(s.wrist is not None for s in video)
     own = argparse.Namespace(**vars(args) | dict(variant=None, demos=None, finetune_lr=None, steps=args.pretrain_steps,
                                                  data_checksum=fingerprint(*targets, *(k for k in skills if k is not None))))
     agent = Agent(shape, args).to(device)
-
+    [buffer.copy_(value) for buffer, value in zip((agent.skill_mean, agent.skill_scale), units)]
     def objective(images, tokens, proprio, target, mask, label):
         if not skill:
             return dict(latent=l1(agent(images, tokens), target, mask))
@@ -261,8 +261,6 @@ def finetune(args, sets, pretrained, device):
     """The acting level on labelled demonstrations. The high level stays as pretraining left it; without pretraining it is trained along."""
     labelled = [s for s in sets if s.actions is not None] or fail("none of the packed sets has actions: nothing to fine-tune on")
     episodes, name = [chosen_demos(s, args.demos) for s in labelled], f"policy_{args.variant}_{args.demos}"
-    if not all(np.isfinite(s.actions).all() for s in labelled):
-        fail(f"NaN or infinity in the actions of {' or '.join(str(s.path) for s in labelled)}")
     used = [np.concatenate([getattr(s, key)[s.rows(e)] for s, e in zip(labelled, episodes)]) for key in ("proprio", "actions")]
     low, high = used[1].min(0), used[1].max(0)
     mean, scale = (low + high) / 2, np.maximum((high - low) / 2, 1e-3)           # actions in [-1, 1]
@@ -294,43 +292,49 @@ def load_agent(out, variant, demos, device):
     load_weights(agent, record, path)
     return agent.to(device).eval()
 
-@torch.no_grad()
-def held_out(agents, sets, args, device):
-    """L1 error of the first predicted action on held-out demonstrations, in units of predicting their mean; draws one of them as curves."""
+def held_out(agents, sets, args):
+    """On held-out demonstrations: L1 error of the first predicted action over that of predicting the mean; how often, of the skills of the
+    episode, the true one is nearest to pi_h's, and how often by chance. Draws actions and skills of one demonstration."""
     dataset = [s for s in sets if s.actions is not None][0]
-    errors, curves = {}, {}
+    levels, width = [n for n, a in agents.items() if a.high and VARIANTS[n.split()[0]][1] is not None], dataset.actions.shape[1]
+    figure, figures, phase = Figure((9, 1.3 * (width + len(levels))), layout="constrained"), {}, dataset.truth("phase")
+    axes, first = figure.subplots(width + len(levels), sharex=True), dataset.split("val")[0]
     for name, agent in agents.items():
-        total = []
+        wrong, known, skills = np.zeros(2), [], load_stage(dataset, args.out, VARIANTS[name.split()[0]][0]) if name in levels else None
         for e in dataset.split("val")[:20]:
-            r = np.arange(dataset.start[e], dataset.start[e] + dataset.length[e])
-            wrist = None if dataset.wrist is None else dataset.wrist[r]
-            out = agent.act(dataset.frames[r], wrist, dataset.proprio[r], [dataset.episodes[e]["text"]] * len(r))[:, 0]
-            total.append((np.abs(out - dataset.actions[r]), np.abs(dataset.actions[r] - dataset.actions[r].mean(0))))
-            curves.setdefault(name, out)
-        errors[name] = float(np.concatenate([a for a, _ in total]).mean() / np.concatenate([b for _, b in total]).mean())
-    e = dataset.split("val")[0]
-    curves["demonstration"] = dataset.actions[dataset.start[e]:dataset.start[e] + dataset.length[e]]
-    draw = ImageDraw.Draw(canvas := Image.new("RGB", (900, 20 + 90 * dataset.actions.shape[1]), "white"))
-    for c, (name, curve) in zip(["black", "orange", "steelblue", "green", "purple", "brown", "gray", "red"], reversed(curves.items())):
-        draw.text((10 + 125 * list(curves).index(name), 4), name, fill=c)
-        for d in range(curve.shape[1]):
-            height = 80 * curve[:, d] / (np.ptp(dataset.actions[:, d]) + 1e-6)
-            draw.line([(10 + 880 * t / len(curve), 60 + 90 * d - y) for t, y in enumerate(height)], fill=c, width=2)
-    write(Path(args.out, "policy.png"), canvas)
-    return errors
+            rows = np.arange(dataset.start[e], dataset.start[e] + dataset.length[e])
+            wrist, true = None if dataset.wrist is None else dataset.wrist[rows], dataset.actions[rows]
+            out, skill = agent.act(dataset.frames[rows], wrist, dataset.proprio[rows], [dataset.episodes[e]["text"]] * len(rows))
+            wrong += np.abs(out[:, 0] - true).sum(), np.abs(true - true.mean(0)).sum()
+            [axes[d].plot(out[:, 0, d], label=name) for d in range(width) if e == first]
+            if name in levels:                                                   # number the episode's skills in order of time
+                _, begin, which = np.unique(skills[rows], axis=0, return_index=True, return_inverse=True)
+                which, near = np.argsort(np.argsort(begin))[which], cdist(skill, skills[rows[np.sort(begin)]]).argmin(1)
+                known.append((np.mean(near == which), 1 / len(begin)))
+                if e == first:
+                    axis = axes[width + levels.index(name)]
+                    phase is None or axis.pcolorfast([0, len(rows)], [0, len(begin)], phase[rows][None], cmap="Pastel1")
+                    axis.step(range(len(rows)), np.stack([which, near], 1), label=["skill", f"pi_h's, {name}"]), axis.legend(fontsize=7)
+        figures[name] = dict(action_error=wrong[0] / wrong[1])
+        figures[name] |= dict(zip(("skill_accuracy", "skill_chance"), np.mean(known, 0).tolist())) if known else {}
+    rows = np.arange(dataset.start[first], dataset.start[first] + dataset.length[first])
+    [axes[d].plot(dataset.actions[rows, d], "k", label="demonstration") and axes[d].set_ylabel(f"action {d}") for d in range(width)]
+    axes[0].legend(fontsize=7)
+    figure.save = figure.savefig                                                 # the name under which write() calls it
+    write(Path(args.out, "policy.png"), figure)
+    return figures
 
 def main():
     args = get_args()
     device, sets = setup(args), open_sets(args.data)
     report = Path(args.out, "policy.json")
-    figures = json.loads(report.read_text()) if report.exists() else dict(losses={}, seconds={}, held_out_error={})
+    figures = json.loads(report.read_text()) if report.exists() else dict(losses={}, seconds={}, held_out={})
     pretrained, agents = {}, {}
 
     def note(agent, name, losses, seconds):                                      # losses are empty when nothing was left to train
         if losses:
             figures["losses"][name], figures["seconds"][name] = losses, seconds
-            write(report, figures)
-        return agent
+        return write(report, figures) or agent
 
     for variant, demos in itertools.product(args.variant, args.demos):
         pair, own = VARIANTS[variant], argparse.Namespace(**vars(args) | dict(variant=variant, demos=demos))
@@ -338,9 +342,9 @@ def main():
             torch.manual_seed(args.seed)
             pretrained[pair] = note(*pretrain(args, sets, *pair, device))
         agents[f"{variant} {demos}"] = note(*finetune(own, sets, pretrained.get(pair), device))
-    figures["held_out_error"] |= held_out(agents, sets, args, device)
+    figures["held_out"] |= (found := held_out(agents, sets, args))
     write(report, figures)
-    print("held-out action error / predicting the mean: " + "  ".join(f"{k} {v:.3f}" for k, v in figures["held_out_error"].items()))
+    [print(f"held-out demonstrations, {name}: " + "  ".join(f"{k} {v:.3f}" for k, v in row.items())) for name, row in found.items()]
 
 if __name__ == "__main__":
     main()

@@ -196,7 +196,7 @@ def test_what_the_stages_write(run):
         arrays = {key: np.load(out / f"{key}.{packed.name}.npy") for key in ("latents", "skills1", "skills2", "boundaries")}
         assert all(len(a) == packed.total and np.isfinite(a).all() and a.std() > 0 for a in arrays.values())
         assert arrays["boundaries"].shape[1] == 2 and arrays["boundaries"][packed.start].all()
-    for name in ("lam.png", "skills.png", "policy.png", "eval_toy_hilam_failure.gif", "eval_toy_flat_failure.gif"):
+    for name in ("lam.png", "skills.png", "policy.png", "eval_toy_hilam_task3_failure.gif", "eval_toy_flat_task0_failure.gif"):
         assert np.ptp(np.asarray(Image.open(out / name).convert("L"))) > 50
     old, new = (checkpoint(out / f"policy_{name}.pt")["model"] for name in ("pretrain_z2_z0", "hilam_1"))
     high, low = ([torch.equal(v, new[k]) for k, v in old.items() if k.startswith(level)] for level in ("high", "low"))
@@ -317,7 +317,7 @@ def test_libero_episodes(tmp_path, monkeypatch):
     env = OffScreenRenderEnv(bddl_file_name=str(folder("bddl_files") / task.bddl_file), camera_heights=64, camera_widths=64)
     for episode in range(2):
         env.seed(0), env.reset(), env.set_init_state(states[episode])
-        for decision, actions in enumerate([np.array([[0, 0, 0, 0, 0, 0, -1.0]] * 2), seen[2 * episode][-1][0, :8]]):
+        for decision, actions in enumerate([np.array([[0, 0, 0, 0, 0, 0, -1.0]] * 2), seen[2 * episode][-1][0][0, :8]]):
             o = [env.step(action)[0] for action in actions][-1]
             frames, wrist, proprio, texts, _ = seen[2 * episode + decision]
             for ours, official in ((frames, o["agentview_image"]), (wrist, o["robot0_eye_in_hand_image"])):
