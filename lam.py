@@ -7,7 +7,7 @@ what moved (HiLAM, arXiv 2603.05815, section 3.1; UniSkill, CoRL 2025). Two ways
 that carries the future frame instead of the motion.
 
     python lam.py                                                    # toy world, about 3 minutes on two CPU cores
-    python lam.py --data data/libero_10 --out out/libero_10 --gap 8 --latent 128 --wrist --reverse --lr 2e-3
+    python lam.py --data data/libero_10 --out out/libero_10 --gap 8 --latent 128 --wrist --reverse --odd --warp 0.4 --lr 2e-3
 
 Writes OUT/lam.pt, OUT/latents.SET.npy (T, latent) for every packed set, OUT/lam.json and OUT/lam.png.
 Expect on the toy world: FDM error near 0.13 of copying the current frame with the true latent, above 1.2 with a shuffled one, 0.9 at zero.
@@ -18,15 +18,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import f1_score, r2_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn import linear_model, metrics, pipeline, preprocessing
 from tqdm import tqdm
 from PIL import Image, ImageDraw
 from data import TOY_SETS, fail, fingerprint, load_checkpoint, load_weights, open_sets, write
-
-NEUTRAL = {"out", "device", "log_every", "save_every"}         # arguments that do not change what is learned
 
 # ---------------------------------------------------------------- what the training scripts share
 def stage_parser(doc, steps):
@@ -45,7 +40,7 @@ def stage_parser(doc, steps):
 
 def setup(args):
     """Seed everything, make the run folder, return the torch.device. Exits when the GPU asked for is not there or a number is senseless."""
-    for key in set(vars(args)) - {"seed", "rec", "ratio", "settle", "tasks", "demos"}:
+    for key in set(vars(args)) - {"seed", "rec", "ratio", "settle", "tasks", "demos", "warp"}:
         if any(type(v) in (int, float) and not v > 0 for v in np.atleast_1d(getattr(args, key)).tolist()):
             fail(f"--{key.replace('_', '-')} {getattr(args, key)}: must be above zero")
     gpus = ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -83,7 +78,7 @@ def resume(path, stage, args, model, optimizer):
     if not Path(path).exists():
         return 0, time.time()
     record = load_checkpoint(path, stage, finished=False)
-    for key in sorted(set(vars(args)) - NEUTRAL):
+    for key in sorted(set(vars(args)) - {"out", "device", "log_every", "save_every"}):       # those that change what is learned
         if record["args"].get(key) != vars(args)[key]:
             fail(f"{path} was trained with {key} {record['args'].get(key)}, not {vars(args)[key]}: choose another --out or delete it")
     load_weights(model, record, path)
@@ -91,8 +86,7 @@ def resume(path, stage, args, model, optimizer):
     print(f"{path}: trained already" if record["step"] >= args.steps else f"{path}: resuming at step {record['step']}")
     return record["step"], time.time() - record["seconds"]
 
-def upright(dataset, frames):
-    """Frames (B, H, W, 3) uint8 as a list of images for people to look at: LIBERO's are stored upside down."""
+def upright(dataset, frames):                                            # for people to look at: LIBERO's are stored upside down
     return [np.ascontiguousarray(f[::-1] if dataset.upside_down else f) for f in frames]
 
 def draw_strip(path, rows, marks={}):
@@ -116,6 +110,8 @@ def get_args(argv=None):
     add("--bottleneck", choices=["plain", "noise"], default="plain", help="noise adds N(0, 0.1) to z in training (default: %(default)s)")
     add("--wrist", action="store_true", help="the models also see and draw the wrist camera")
     add("--reverse", action="store_true", help="show half of the pairs backwards: the FDM cannot guess the motion from habit")
+    add("--odd", action="store_true", help="half of z changes its sign when time runs backwards: motion, and nothing that stands still")
+    add("--warp", type=float, default=0.0, help="strength of random affine maps of what the IDM sees, 0.4 for cameras that differ")
     add = parser.add_argument_group("model and optimizer").add_argument
     add("--width", type=int, default=32, help="channels of the first convolution; doubled twice (default: %(default)s)")
     add("--batch", type=int, default=64, help="frame pairs a step, shared equally by the sets (default: %(default)s)")
@@ -125,7 +121,6 @@ def get_args(argv=None):
 # ---------------------------------------------------------------- models
 class ConvBlock(nn.Module):
     """3x3 convolution, GroupNorm, optional FiLM by a condition vector, SiLU. (B, cin, H, W) -> (B, cout, H/stride, W/stride)."""
-
     def __init__(self, cin, cout, stride=1, condition=0):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(cin, cout, 3, stride, 1), nn.GroupNorm(8, cout)
@@ -140,7 +135,6 @@ class ConvBlock(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm causal transformer block, (B, L, D) -> (B, L, D); attention fades with distance (ALiBi). It starts as the identity."""
-
     def __init__(self, width, heads=4):
         super().__init__()
         self.heads, self.norm1, self.norm2 = heads, nn.RMSNorm(width), nn.RMSNorm(width)
@@ -159,21 +153,22 @@ class Block(nn.Module):
 
 class IDM(nn.Module):
     """Inverse dynamics: z = f(I_t, I_{t+k}), (B, C, S, S) twice -> (B, latent). Averages over the image: one motion, one z, anywhere."""
-
-    def __init__(self, channels, size, latent, width):
+    def __init__(self, channels, size, latent, width, odd=False):
         super().__init__()
-        self.patch = size // 16                                          # frames become a 16 x 16 grid of patches, whatever their size
+        self.patch, self.odd = size // 16, latent // 2 * bool(odd)       # frames become a 16 x 16 grid of patches, whatever their size
         self.body = nn.Sequential(ConvBlock(2 * channels * self.patch ** 2, width), ConvBlock(width, 2 * width, 2),
                                   ConvBlock(2 * width, 4 * width, 2), ConvBlock(4 * width, 2 * width),
                                   nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, latent))
-        self.norm = nn.LayerNorm(latent, elementwise_affine=False)       # UniSkill: the latent action is LayerNorm'ed, no VQ
 
     def forward(self, now, future):
-        return self.norm(self.body(F.pixel_unshuffle(torch.cat([now - 0.5, 4 * (future - now)], 1), self.patch)))
+        see = lambda a, b: self.body(F.pixel_unshuffle(torch.cat([a - 0.5, 4 * (b - a)], 1), self.patch))
+        z, n = see(now, future), self.odd
+        free = F.layer_norm(z[:, n:], z[0, n:].shape)                    # UniSkill: the latent action is LayerNorm'ed, no VQ
+        moved = (z - see(future, now))[:, :n] if n else None             # z(a, b) = -z(b, a); eps 1, so that it is small at rest
+        return torch.cat([F.layer_norm(moved, (n,), eps=1.0), free], 1) if n else free
 
 class FDM(nn.Module):
     """Forward dynamics: I_{t+k} = I_t + g(I_t, z), a U-Net with FiLM by z at every scale. FiLM at the bottleneck alone leaves z ignored."""
-
     def __init__(self, channels, size, latent, width):
         super().__init__()
         self.patch = size // 16
@@ -197,26 +192,31 @@ class FDM(nn.Module):
 
 class LAM(nn.Module):
     """The IDM and the FDM that these arguments (a dict) describe, for square frames of this size."""
-
     def __init__(self, args, size):
         super().__init__()
         if size % 16:
             fail(f"frames of {size} pixels: the models cut them to 16 x 16 patches, so pack them at a multiple of 16 (--size)")
-        self.idm, self.fdm = (kind(6 if args["wrist"] else 3, size, args["latent"], args["width"]) for kind in (IDM, FDM))
+        shape = 6 if args["wrist"] else 3, size, args["latent"], args["width"]
+        self.idm, self.fdm = IDM(*shape, args.get("odd")), FDM(*shape)
 
 def images(dataset, rows, wrist, device):
     """Rows of a packed dataset -> (B, 3, S, S) in [0, 1], with the wrist camera (B, 6, S, S); one vectorised gather."""
-    if wrist and dataset.wrist is None:
-        fail(f"{dataset.path} has no wrist camera: leave --wrist out")
+    wrist and dataset.wrist is None and fail(f"{dataset.path} has no wrist camera: leave --wrist out")
     x = np.concatenate([dataset.frames[rows], dataset.wrist[rows]], -1) if wrist else dataset.frames[rows]
     return torch.from_numpy(x).to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
 
 def get_batch(sets, index, args, rng, device):
     """Frames t and t+k, (B, C, S, S) each; every set gives the same share, however long it is. --reverse swaps every second pair."""
-    share = -(-args.batch // len(sets))
-    rows = [rng.choice(i, share) for i in index]
-    early, late = (args.gap * (np.arange(share) % 2 * args.reverse == i) for i in (1, 0))
+    rows = [rng.choice(i, -(-args.batch // len(sets))) for i in index]
+    early, late = (args.gap * (np.arange(len(rows[0])) % 2 * args.reverse == i) for i in (1, 0))
     return [torch.cat([images(s, r + gap, args.wrist, device) for s, r in zip(sets, rows)]) for gap in (early, late)]
+
+def warp(now, future, amount):
+    """Both frames under one random affine map a pair and camera: the IDM must find a code for motion that does not hang on the view."""
+    shape = now.shape[0] * now.shape[1] // 3, 3, *now.shape[2:]          # cameras apart
+    turn, shift = torch.randn(shape[0], 2, 2).clamp(-2, 2) / 2, torch.rand(shape[0], 2, 1) - 0.5
+    grid = F.affine_grid(torch.cat([torch.eye(2) + amount * turn, amount * shift], 2).to(now.device), shape, False)
+    return [F.grid_sample(x.reshape(shape), grid, "bilinear", "border", False).view_as(x) for x in (now, future)]
 
 def ratio(prediction, future, now):
     """Squared error in units of the error of copying the current frame: 0 is perfect, 1 is what no model at all reaches."""
@@ -225,7 +225,8 @@ def ratio(prediction, future, now):
 # ---------------------------------------------------------------- what the latent is worth
 def ridge(x, y, x_test, y_test):
     """R^2 per column of y_test, predicted linearly from x_test by ridge regression fitted on (x, y)."""
-    return r2_score(y_test, make_pipeline(StandardScaler(), Ridge()).fit(x, y).predict(x_test), multioutput="raw_values")
+    model = pipeline.make_pipeline(preprocessing.StandardScaler(), linear_model.Ridge())
+    return metrics.r2_score(y_test, model.fit(x, y).predict(x_test), multioutput="raw_values")
 
 def effective_rank(z):
     """exp of the entropy of the covariance's normalised eigenvalues: how many dimensions the latent really uses (Roy and Vetterli 2007)."""
@@ -245,7 +246,6 @@ def gripper_events(dataset, rows, gap):
 
 def probe(sets, latents, gap):
     """What probes, fitted on training episodes, read from held-out latents. The only place where this stage opens actions.
-
     action_r2: R^2 of the true actions, summed over the gap. gripper_f1: of "closes" and "opens", frame by frame. transfer_r2: R^2 of the
     last set's true dx, dy by a probe fitted on the first set (hand to robot). layout_r2, layout_r2_random: R^2 of where the blocks are that
     stand still, from the latent and from a random vector; a latent that knows it has copied the frame."""
@@ -258,8 +258,8 @@ def probe(sets, latents, gap):
             found["action_r2"].append(ridge(z[train], summed(actions, train), z[val], summed(actions, val)))
         grip = [gripper_events(dataset, rows, gap) for rows in (train, val)]
         if grip[0] is not None and len(np.unique(grip[0])) == 3:
-            guess = LogisticRegression(max_iter=500).fit(z[train], grip[0]).predict(z[val])
-            found["gripper_f1"].append(f1_score(grip[1], guess, labels=[-1, 1], average="macro"))
+            guess = linear_model.LogisticRegression(max_iter=500).fit(z[train], grip[0]).predict(z[val])
+            found["gripper_f1"].append(metrics.f1_score(grip[1], guess, labels=[-1, 1], average="macro"))
         if layout is not None:
             noise = np.random.default_rng(0).standard_normal(z.shape)
             for d in range(8):                                           # x and y of each block, over the frames in which it stands still
@@ -295,9 +295,9 @@ def evaluate(model, sets, latents, args, device):
             errors[dataset.name].append([float(ratio(model.fdm(now, torch.from_numpy(v[part]).to(device)), future, now)) for v in tried])
     errors = {name: np.mean(error, 0) for name, error in errors.items()}
     figures = dict(zip(("fdm_error", "fdm_error_shuffled", "fdm_error_zero"), np.mean(list(errors.values()), 0).tolist()))
-    figures["fdm_error_by_set"] = {name: float(error[0]) for name, error in errors.items()}
     z = np.concatenate([z[d.rows(d.split("val"), args.gap)] for d, z in zip(sets, latents)])
-    return figures | probe(sets, latents, args.gap) | dict(effective_rank=effective_rank(z))
+    by_set = {name: float(error[0]) for name, error in errors.items()}
+    return figures | probe(sets, latents, args.gap) | dict(effective_rank=effective_rank(z), fdm_error_by_set=by_set)
 
 @torch.no_grad()
 def draw(path, model, sets, latents, args, device):
@@ -307,14 +307,12 @@ def draw(path, model, sets, latents, args, device):
     for dataset, z in zip(sets, latents):
         rows = np.sort(rng.choice(dataset.rows(dataset.split("val"), args.gap), 8))
         now, future = (images(dataset, rows + gap, args.wrist, device) for gap in (0, args.gap))
-        true = torch.from_numpy(z[rows]).to(device)
-        motions.append(true[:1])
+        motions.append((true := torch.from_numpy(z[rows]).to(device))[:1])
         strip += [(f"{dataset.name} t", show(dataset, now)), (f"t+{args.gap}", show(dataset, future))]
         for name, v in dict(true=true, shuffled=true.roll(1, 0), zero=true * 0).items():
             strip.append((f"FDM, {name} z", show(dataset, model.fdm(now, v))))
-    if len(sets) > 1:                                                    # the first latent above, applied to every frame of the last set
-        strip.append((f"{sets[0].name}'s first z, {dataset.name}", show(dataset, model.fdm(now, motions[0].expand(8, -1)))))
-    draw_strip(path, strip)
+    last = f"{sets[0].name}'s first z, {dataset.name}", show(dataset, model.fdm(now, motions[0].expand(8, -1)))     # applied to all frames
+    draw_strip(path, strip + [last] * (len(sets) > 1))
 
 def main():
     args = get_args()
@@ -330,7 +328,7 @@ def main():
         mark, rng = time.time(), step_rng(args.seed, step)
         now, future = get_batch(sets, index, args, rng, device)
         loading += time.time() - mark
-        z = model.idm(now, future)
+        z = model.idm(*warp(now, future, args.warp) if args.warp else (now, future))
         z = z + 0.1 * torch.randn_like(z) if args.bottleneck == "noise" else z
         loss = ratio(model.fdm(now, z), future, now)
         descend(loss, optimizer, step, args)

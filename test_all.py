@@ -1,11 +1,9 @@
-"""Tests of all stages, bad input included, and two short episodes in LIBERO's simulator where it is installed; two minutes on two cores.
-To run them: python -m pytest -q test_all.py. Speed of dynamic chunking: python test_all.py (needs h-net-dynamic-chunking==0.5.19)"""
+"""Tests: python -m pytest -q test_all.py. Speed of dynamic chunking: python test_all.py (needs h-net-dynamic-chunking==0.5.19)"""
 import argparse, contextlib, importlib.util, io, json, os, shutil, subprocess, sys, time, unittest.mock
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 import data, eval_libero, lam, policy, skills
-
 os.environ["OMP_NUM_THREADS"] = "1"                                # one thread here and in the scripts started below: sums run in one order
 torch.set_num_threads(1)
 TINY = {lam: ["--steps", 4, "--save-every", 2, "--batch", 8], skills: ["--steps", 4, "--save-every", 2, "--batch", 4],
@@ -43,7 +41,6 @@ def random_hnet(widths, latent=5):
     [parameter.normal_(std=0.3) for parameter in model.parameters()]
     return model.eval()
 
-# ---------------------------------------------------------------- dynamic chunking and H-Net
 def test_route():
     q, k, mask = *torch.randn(2, 2, 20, 3, generator=torch.Generator().manual_seed(0)), torch.arange(20) < torch.tensor([[20], [9]])
     p, boundary = skills.route(q, k, mask)
@@ -106,13 +103,18 @@ def test_skills_at_frame_rate_equal_the_loop(widths):
             at = [at[j] for j in kept]
     assert all(np.array_equal((np.diff(v, axis=0) != 0).any(1), b[1:]) for v, b in zip(vectors, boundaries.T))     # one segment, one skill
 
+def test_odd_latents_and_warped_pairs():
+    torch.manual_seed(0), (a := torch.rand(3, 6, 32, 32)), (b := torch.rand(3, 6, 32, 32))
+    sum_, (x, y) = (idm := lam.IDM(6, 32, 8, 8, True))(a, b) + idm(b, a), lam.warp(a, a, 0.4)      # half of z is odd: z(a, b) = -z(b, a)
+    assert sum_[:, :4].abs().max() < 1e-5 < 0.1 < sum_[:, 4:].abs().max() and idm(a, a)[:, :4].abs().max() < 1e-5
+    assert torch.equal(x, y) and (x - a).abs().mean() > 0.05 and torch.allclose(lam.warp(a, b, 1e-6)[1], b, atol=1e-3)
+
 def test_probes_tell_motion_from_layout(run):
     sets = [data.Packed(run / "data/toy" / name) for name in ("hand", "robot")]
     moved, placed = (lam.probe(sets, [np.array(s.truth(key)) for s in sets], 1) for key in ("motion", "layout"))
     assert min(moved["transfer_r2"]) > 0.99 and moved["gripper_f1"] > 0.9 and moved["layout_r2"] < 0.2
     assert max(placed["transfer_r2"]) < 0.5 and placed["gripper_f1"] < 0.5 and placed["layout_r2"] > 0.95
 
-# ---------------------------------------------------------------- packed data, the toy world and importers
 def test_pack_round_trip_and_targets(tmp_path):
     rng = np.random.default_rng(0)
     arrays = [dict(frames=rng.integers(0, 256, (n, 16, 16, 3), np.uint8), actions=rng.random((n, 2), np.float32)) for n in (6, 9, 4)]
@@ -186,7 +188,6 @@ def test_video_import(tmp_path):
     assert [e["text"] for e in packed.episodes] == ["holding a pen", "pushing a cup"] and packed.actions is None
     assert np.abs(packed.frames[:, 8, 8, 0].astype(int) - 50 * np.tile(range(5), 2)).max() <= 3
 
-# ---------------------------------------------------------------- the stages end to end
 def test_what_the_stages_write(run):
     out, reports = run / "out/toy", {p.stem: json.loads(p.read_text()) for p in (run / "out/toy").glob("*.json")}
     assert all(set(reports["policy"][k]) == {"policy_pretrain_z2_z0", "policy_hilam_1", "policy_flat_1"} for k in ("losses", "seconds"))
@@ -239,7 +240,6 @@ def test_success_and_its_interval(out, monkeypatch):
     assert {(r["task"], r["success"], r["steps"]) for r in map(json.loads, lines[-2:])} == {(0, False, 6), (3, True, 1)}
     assert report["per_task"]["3"]["success_rate"] == 1 and report["ci95"] == pytest.approx([0.0945, 0.9055], abs=1e-4)
 
-# ---------------------------------------------------------------- bad input, policy and evaluation
 edit = lambda path, key, change: torch.save(checkpoint(path) | {key: change(checkpoint(path)[key])}, path)
 BROKEN = {                                                         # what is broken in the run folder; the stage that notices; what it says
     "other stage": (lambda out: shutil.copy(out / "lam.pt", out / "skills.pt"), skills, "checkpoint of lam, not of skills"),
