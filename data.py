@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 PHASES = ["reach", "grasp", "carry", "release", "retreat"]     # the toy world's true skills, in truth_phase.bin
+RANK, WORLD = (int(os.environ.get(key, one)) for key, one in (("RANK", 0), ("WORLD_SIZE", 1)))    # set by torchrun, see lam.setup()
 LIBERO_PHASES = PHASES + ["descend", "lift", "lower", "hold", "turn", "push", "back", "insert"]         # of scripted LIBERO demonstrations
 TOY_SETS = ["data/toy/hand", "data/toy/robot"]
 
@@ -30,6 +31,8 @@ def fail(message):
 
 def write(path, content):
     """Write JSON, a numpy array, a picture or a checkpoint, by the path's ending; renamed when whole, so nobody ever sees half a file."""
+    if RANK:
+        return                                                                 # of several processes only the first one writes
     writers = {".json": lambda file: file.write(json.dumps(content, indent=1).encode()), ".npy": lambda file: np.save(file, content),
                ".pt": lambda file: torch.save(content, file), ".png": lambda file: content.save(file, format="png")}
     with open(f"{path}.tmp", "wb") as file:
@@ -64,7 +67,6 @@ def fingerprint(*arrays):
 # ---------------------------------------------------------------- the packed dataset
 class Packed:
     """A packed dataset, memory-mapped. frames, wrist, proprio, actions: arrays over all T frames, or None; start, length: (E,)."""
-
     def __init__(self, path):
         self.path, self.name = Path(path), Path(path).name
         try:
@@ -97,8 +99,9 @@ class Packed:
 
 def open_sets(paths):
     """Packed datasets, checked to fit each other. The toy world is packed when its two default folders are asked for and missing."""
-    if list(paths) == TOY_SETS:
+    if list(paths) == TOY_SETS and not RANK:
         pack_toy("data/toy")
+    WORLD > 1 and torch.distributed.barrier()
     sets = [Packed(p) for p in paths]
     if len({s.name for s in sets}) < len(sets):
         fail("two datasets of the same name: latents and skills are filed by folder name, so rename one")
@@ -147,9 +150,7 @@ def toy_text(goal):
 
 class ToyWorld:
     """B tables seen from above, each with four blocks, two trays and a gripper. Positions lie in [0, 1]^2 (table widths, y downwards).
-
     Action (B, 3) in [-1, 1]: dx, dy, grip (> 0 closes, as in LIBERO). Fingers take three frames to close or open."""
-
     def __init__(self, look="robot", size=32):
         self.look, self.size = look, size
 
@@ -220,7 +221,6 @@ def toy_render(hand, opening, objects, held, look, size):
 
 def toy_demonstrate(look, goals, seed, size):
     """Scripted demonstrations, all at once; yields (index, arrays) of those that succeed. truth_* is for measuring.
-
     An episode has its own speed; the heading wanders smoothly (an Ornstein-Uhlenbeck angle); now and then the hand rests 2-4 frames."""
     n, rng, log = len(goals), np.random.default_rng([seed, len(goals)]), []
     world = ToyWorld(look, size).reset(goals, [[seed, i] for i in range(n)])

@@ -8,20 +8,20 @@ that carries the future frame instead of the motion.
 
     python lam.py                                                    # toy world, about 3 minutes on two CPU cores
     python lam.py --data data/libero_10 --out out/libero_10 --gap 8 --latent 128 --wrist --reverse --odd --warp 0.4 --lr 2e-3
-
 Writes OUT/lam.pt, OUT/latents.SET.npy (T, latent) for every packed set, OUT/lam.json and OUT/lam.png.
 Expect on the toy world: FDM error near 0.13 of copying the current frame with the true latent, above 1.2 with a shuffled one, 0.9 at zero.
 """
-import argparse, random, time
+import argparse, os, random, sys, time
 from pathlib import Path
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import distributed, nn
+from scipy.stats import entropy
 from sklearn import linear_model, metrics, pipeline, preprocessing
 from tqdm import tqdm
-from PIL import Image, ImageDraw
-from data import TOY_SETS, fail, fingerprint, load_checkpoint, load_weights, open_sets, write
+from PIL import Image, ImageDraw, ImageOps
+from data import RANK, TOY_SETS, WORLD, fail, fingerprint, load_checkpoint, load_weights, open_sets, write
 
 # ---------------------------------------------------------------- what the training scripts share
 def stage_parser(doc, steps):
@@ -43,10 +43,12 @@ def setup(args):
     for key in set(vars(args)) - {"seed", "rec", "ratio", "settle", "tasks", "demos", "warp"}:
         if any(type(v) in (int, float) and not v > 0 for v in np.atleast_1d(getattr(args, key)).tolist()):
             fail(f"--{key.replace('_', '-')} {getattr(args, key)}: must be above zero")
-    gpus = ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    name = args.device.replace("auto", (gpus + ["cpu"])[0])
-    if name not in ["cpu"] + gpus:
-        fail(f"--device {args.device}: no such device here; use --device cpu")
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    name = args.device.replace("auto", (gpus[int(os.environ.get("LOCAL_RANK", 0)):] + ["cpu"])[0])
+    name in ["cpu", *gpus, *["cuda"] * len(gpus)] or fail(f"--device {args.device}: no such device here; use --device cpu")
+    if WORLD > 1 and not distributed.is_initialized():                   # torchrun --nproc-per-node 4 lam.py: each takes --batch
+        distributed.init_process_group("nccl" if "cuda" in name else "gloo")
+        sys.stdout = sys.stderr = open(os.devnull, "w") if RANK else sys.stdout
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -56,17 +58,24 @@ def setup(args):
 
 def step_rng(seed, step):
     """Numpy generator of one step; torch is seeded alike. Chance depends on (seed, step) alone, so a resumed run repeats itself exactly."""
-    torch.manual_seed(seed * 1_000_003 + step)
+    torch.manual_seed(seed * 1_000_003 + step + 999_983 * RANK)
     return np.random.default_rng([seed, step])
+
+def pooled(x):
+    """Mean of a tensor over the processes that torchrun started, without its gradient; x itself where there is but one."""
+    if WORLD > 1:
+        distributed.all_reduce(x := x.detach().float() / WORLD)
+    return x
 
 def descend(loss, optimizer, step, args):
     """One optimizer step. Learning rate: warm-up over 100 steps, then a cosine to a tenth (as in nanoGPT), times a group's own share."""
     lr = args.lr * min(1.0, (step + 1) / 100) * (0.55 + 0.45 * np.cos(np.pi * min(1.0, step / max(1, args.steps))))
-    for group in optimizer.param_groups:
-        group["lr"] = float(group.get("share", 1.0) * lr)
+    [group.update(lr=float(group.get("share", 1.0) * lr)) for group in optimizer.param_groups]
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    used = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    [p.grad.copy_(pooled(p.grad)) for p in used if WORLD > 1]
+    nn.utils.clip_grad_norm_(used, 1.0)
     optimizer.step()
 
 def save_checkpoint(path, stage, args, step, model, optimizer, begin, **more):
@@ -97,14 +106,13 @@ def draw_strip(path, rows, marks={}):
     for r, (label, frames) in enumerate(rows):
         ImageDraw.Draw(canvas).text((4, r * side + side // 2 - 6), label, fill="black")
         for c, frame in enumerate(frames):
-            canvas.paste(marks.get((r, c), "white"), [left + c * side, r * side, left + (c + 1) * side, (r + 1) * side])
-            canvas.paste(Image.fromarray(frame).resize((side - 6, side - 6), Image.NEAREST), (left + c * side + 3, r * side + 3))
+            picture = Image.fromarray(frame).resize((side - 6, side - 6), Image.NEAREST)
+            canvas.paste(ImageOps.expand(picture, 3, marks.get((r, c), "white")), (left + c * side, r * side))
     write(path, canvas)
 
-# ---------------------------------------------------------------- arguments
 def get_args(argv=None):
     parser = stage_parser(__doc__, steps=1500)
-    add = parser.add_argument_group("latent action").add_argument
+    add = parser.add_argument_group("latent action, model and optimizer").add_argument
     add("--gap", type=int, default=1, help="k: frames between the two that the IDM sees (default: %(default)s; UniSkill on LIBERO: 20-40)")
     add("--latent", type=int, default=8, help="width of the latent action; UniSkill: 64 (default: %(default)s)")
     add("--bottleneck", choices=["plain", "noise"], default="plain", help="noise adds N(0, 0.1) to z in training (default: %(default)s)")
@@ -112,9 +120,10 @@ def get_args(argv=None):
     add("--reverse", action="store_true", help="show half of the pairs backwards: the FDM cannot guess the motion from habit")
     add("--odd", action="store_true", help="half of z changes its sign when time runs backwards: motion, and nothing that stands still")
     add("--warp", type=float, default=0.0, help="strength of random affine maps of what the IDM sees, 0.4 for cameras that differ")
-    add = parser.add_argument_group("model and optimizer").add_argument
     add("--width", type=int, default=32, help="channels of the first convolution; doubled twice (default: %(default)s)")
     add("--batch", type=int, default=64, help="frame pairs a step, shared equally by the sets (default: %(default)s)")
+    add("--bf16", action="store_true", help="compute in bfloat16 where it is safe (autocast): for GPUs")
+    add("--compile", action="store_true", help="torch.compile the networks: a minute at the start, faster steps after it on GPUs")
     add("--lr", type=float, default=4e-3, help="peak learning rate of AdamW (default: %(default)s)")
     return parser.parse_args(argv)
 
@@ -145,9 +154,8 @@ class Block(nn.Module):
     def forward(self, x):
         b, l, d = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(b, l, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        distance = torch.arange(l, device=x.device)[:, None] - torch.arange(l, device=x.device)
-        slope = 2.0 ** -torch.arange(1, self.heads + 1, device=x.device)[:, None, None]
-        bias = (-slope * distance).masked_fill(distance < 0, float("-inf")).to(q.dtype)
+        ago = torch.arange(l, device=x.device)[:, None] - torch.arange(l, device=x.device)
+        bias = (-0.5 ** torch.arange(1, self.heads + 1, device=x.device)[:, None, None] * ago).masked_fill(ago < 0, -torch.inf).to(q.dtype)
         x = x + self.proj(F.scaled_dot_product_attention(q, k, v, bias[None]).transpose(1, 2).reshape(b, l, d))
         return x + self.mlp(self.norm2(x))
 
@@ -171,8 +179,7 @@ class FDM(nn.Module):
     """Forward dynamics: I_{t+k} = I_t + g(I_t, z), a U-Net with FiLM by z at every scale. FiLM at the bottleneck alone leaves z ignored."""
     def __init__(self, channels, size, latent, width):
         super().__init__()
-        self.patch = size // 16
-        c = channels * self.patch ** 2
+        self.patch, c = size // 16, channels * (size // 16) ** 2
         self.embed = nn.Linear(latent, 4 * width)                        # no SiLU: FiLM linear in z keeps z nearer to linear in the motion
         self.down = nn.ModuleList([ConvBlock(c, width), ConvBlock(width, 2 * width, 2), ConvBlock(2 * width, 4 * width, 2)])
         self.middle = ConvBlock(4 * width, 4 * width, 1, 4 * width)
@@ -194,8 +201,7 @@ class LAM(nn.Module):
     """The IDM and the FDM that these arguments (a dict) describe, for square frames of this size."""
     def __init__(self, args, size):
         super().__init__()
-        if size % 16:
-            fail(f"frames of {size} pixels: the models cut them to 16 x 16 patches, so pack them at a multiple of 16 (--size)")
+        size % 16 == 0 or fail(f"frames of {size} pixels make no 16 x 16 patches: pack them at a multiple of 16 (--size)")
         shape = 6 if args["wrist"] else 3, size, args["latent"], args["width"]
         self.idm, self.fdm = IDM(*shape, args.get("odd")), FDM(*shape)
 
@@ -207,7 +213,7 @@ def images(dataset, rows, wrist, device):
 
 def get_batch(sets, index, args, rng, device):
     """Frames t and t+k, (B, C, S, S) each; every set gives the same share, however long it is. --reverse swaps every second pair."""
-    rows = [rng.choice(i, -(-args.batch // len(sets))) for i in index]
+    rows = [rng.choice(i, WORLD * -(-args.batch // len(sets)))[RANK::WORLD] for i in index]
     early, late = (args.gap * (np.arange(len(rows[0])) % 2 * args.reverse == i) for i in (1, 0))
     return [torch.cat([images(s, r + gap, args.wrist, device) for s, r in zip(sets, rows)]) for gap in (early, late)]
 
@@ -220,18 +226,13 @@ def warp(now, future, amount):
 
 def ratio(prediction, future, now):
     """Squared error in units of the error of copying the current frame: 0 is perfect, 1 is what no model at all reaches."""
-    return F.mse_loss(prediction, future) / F.mse_loss(now, future).clamp_min(1e-8)
+    return F.mse_loss(prediction, future) / pooled(F.mse_loss(now, future)).clamp_min(1e-8)
 
 # ---------------------------------------------------------------- what the latent is worth
 def ridge(x, y, x_test, y_test):
     """R^2 per column of y_test, predicted linearly from x_test by ridge regression fitted on (x, y)."""
     model = pipeline.make_pipeline(preprocessing.StandardScaler(), linear_model.Ridge())
     return metrics.r2_score(y_test, model.fit(x, y).predict(x_test), multioutput="raw_values")
-
-def effective_rank(z):
-    """exp of the entropy of the covariance's normalised eigenvalues: how many dimensions the latent really uses (Roy and Vetterli 2007)."""
-    e = np.linalg.eigvalsh(np.cov(z.T)).clip(1e-12)
-    return float(np.exp(-(e / e.sum() * np.log(e / e.sum())).sum()))
 
 def gripper_events(dataset, rows, gap):
     """-1 where the gripper closes between t and t+k by 5 % of its whole way or more, 1 where it opens, else 0, (B,); None if unknown."""
@@ -261,10 +262,9 @@ def probe(sets, latents, gap):
             guess = linear_model.LogisticRegression(max_iter=500).fit(z[train], grip[0]).predict(z[val])
             found["gripper_f1"].append(metrics.f1_score(grip[1], guess, labels=[-1, 1], average="macro"))
         if layout is not None:
-            noise = np.random.default_rng(0).standard_normal(z.shape)
             for d in range(8):                                           # x and y of each block, over the frames in which it stands still
                 still = [rows[layout[rows, d] == layout[rows + gap, d]] for rows in (train, val)]
-                for key, x in (("layout_r2", z), ("layout_r2_random", noise)):
+                for key, x in (("layout_r2", z), ("layout_r2_random", np.random.default_rng(0).standard_normal(z.shape))):
                     found[key].append(ridge(x[still[0]], layout[still[0], d:d + 1], x[still[1]], layout[still[1], d:d + 1]))
     figures = {key: float(np.mean(value)) if value else None for key, value in found.items()}
     figures |= dict(action_r2=np.mean(found["action_r2"], 0).tolist() if found["action_r2"] else [], action_r2_mean=figures["action_r2"])
@@ -296,8 +296,8 @@ def evaluate(model, sets, latents, args, device):
     errors = {name: np.mean(error, 0) for name, error in errors.items()}
     figures = dict(zip(("fdm_error", "fdm_error_shuffled", "fdm_error_zero"), np.mean(list(errors.values()), 0).tolist()))
     z = np.concatenate([z[d.rows(d.split("val"), args.gap)] for d, z in zip(sets, latents)])
-    by_set = {name: float(error[0]) for name, error in errors.items()}
-    return figures | probe(sets, latents, args.gap) | dict(effective_rank=effective_rank(z), fdm_error_by_set=by_set)
+    figures |= probe(sets, latents, args.gap) | dict(fdm_error_by_set={name: float(error[0]) for name, error in errors.items()})
+    return figures | dict(effective_rank=float(np.exp(entropy(np.linalg.eigvalsh(np.cov(z.T)).clip(1e-12)))))     # Roy and Vetterli 2007
 
 @torch.no_grad()
 def draw(path, model, sets, latents, args, device):
@@ -316,25 +316,26 @@ def draw(path, model, sets, latents, args, device):
 
 def main():
     args = get_args()
-    device = setup(args)
-    sets, path = open_sets(args.data), Path(args.out, "lam.pt")
+    device, sets, path = setup(args), open_sets(args.data), Path(args.out, "lam.pt")
     args.data_checksum = fingerprint(*[s.frames for s in sets])
     index = [s.rows(s.split("train"), args.gap) for s in sets]
     all(map(len, index)) or fail(f"--gap {args.gap} is longer than every episode of a set")
     model = LAM(vars(args), sets[0].frames.shape[1]).to(device, memory_format=torch.channels_last)     # twice as fast on CPU
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)
+    args.compile and (model.idm.compile(), model.fdm.compile())
     (first, begin), loading, seen = resume(path, "lam", args, model, optimizer), 0.0, []
     for step in tqdm(range(first, args.steps), "lam", initial=first, total=args.steps, disable=None):
         mark, rng = time.time(), step_rng(args.seed, step)
         now, future = get_batch(sets, index, args, rng, device)
         loading += time.time() - mark
-        z = model.idm(*warp(now, future, args.warp) if args.warp else (now, future))
-        z = z + 0.1 * torch.randn_like(z) if args.bottleneck == "noise" else z
-        loss = ratio(model.fdm(now, z), future, now)
+        with torch.autocast(device.type, torch.bfloat16, args.bf16):
+            z = model.idm(*warp(now, future, args.warp) if args.warp else (now, future))
+            z = z + 0.1 * torch.randn_like(z) if args.bottleneck == "noise" else z
+            loss = ratio(model.fdm(now, z), future, now)
         descend(loss, optimizer, step, args)
-        seen.append(loss.item())
+        seen.append(pooled(loss).item())
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
-            speed, share = (step + 1) * len(now) / (time.time() - begin), 100 * loading / (time.time() - begin)
+            speed, share = (step + 1) * len(now) * WORLD / (time.time() - begin), 100 * loading / (time.time() - begin)
             tqdm.write(f"step {step + 1:6d}  error/copy {np.mean(seen[-args.log_every:]):.4f}  {speed:.0f} frames/s  loading {share:.0f} %")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             save_checkpoint(path, "lam", args, step + 1, model, optimizer, begin)

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from scipy.spatial.distance import cdist
 from tqdm import tqdm
-from data import fail, fingerprint, load_checkpoint, load_weights, open_sets, write
-from lam import Block, ConvBlock, descend, resume, save_checkpoint, setup, stage_parser, step_rng
+from data import RANK, WORLD, fail, fingerprint, load_checkpoint, load_weights, open_sets, write
+from lam import Block, ConvBlock, descend, pooled, resume, save_checkpoint, setup, stage_parser, step_rng
 from skills import load_latents
 
 # variant: (stage of the skill that the high level predicts, stage of the vectors on which the acting level is pretrained); None: not there.
@@ -48,6 +48,8 @@ def get_args(argv=None):
     add("--layers", type=int, default=2, help="transformer blocks; 8 in BAKU (default: %(default)s)")
     add("--no-low-text", dest="low_text", action="store_false", help="tell the low level the skill only, not the text as well")
     add("--batch", type=int, default=64, help="frames a step, shared equally by the sets (default: %(default)s)")
+    add("--bf16", action="store_true", help="compute in bfloat16 where it is safe (autocast): for GPUs")
+    add("--compile", action="store_true", help="torch.compile the networks: a minute at the start, faster steps after it on GPUs")
     add("--lr", type=float, default=7e-4, help="peak learning rate of AdamW (default: %(default)s)")
     add("--finetune-lr", type=float, default=3e-4, help="the same where pretrained weights are fine-tuned (default: %(default)s)")
     return parser.parse_args(argv)
@@ -70,7 +72,6 @@ def tokenize(texts):
 
 class TextEncoder(nn.Module):
     """Normalised sum of the embeddings of words and placed words: (B, 64) int64 -> (B, width). Stands in for the paper's T5."""
-
     def __init__(self, width):
         super().__init__()
         self.words = nn.Embedding(WORDS + 1, width, padding_idx=0)
@@ -82,7 +83,6 @@ class TextEncoder(nn.Module):
 class Policy(nn.Module):
     """One level: images, the text's vector and perhaps a skill -> a chunk of vectors. text 0 or skill 0: built without it.
     images (B, cameras, 3, S, S), text (B, W) or None, skill (B, skill) or None, proprio (B, P) or None -> (B, chunk, out)."""
-
     def __init__(self, size, cameras, proprio, text, skill, out, chunk, args):
         super().__init__()
         w, c, self.patch, self.chunk, self.cameras = args.width, args.channels, size // 16, chunk, cameras
@@ -119,7 +119,6 @@ class Policy(nn.Module):
 class Agent(nn.Module):
     """Both levels, or a flat policy, with the statistics that normalise proprio and actions. act() is what stage 4 calls.
     shape: dict(size, cameras, high_cameras, proprio, skill, target) of the data; the last three are widths, skill 0 for a flat policy."""
-
     def __init__(self, shape, args):
         super().__init__()
         w, self.shape, self.low_text = args.width, dict(shape), args.low_text or not shape["skill"]
@@ -155,7 +154,6 @@ class Agent(nn.Module):
 # ---------------------------------------------------------------- data
 class Labels:
     """Rows of some episodes of a packed set with their targets: an array of length T, normalised; valid where the target exists."""
-
     def __init__(self, dataset, episodes, target, skill=None, gap=0):
         self.dataset, self.target, self.skill = dataset, target, skill
         self.rows, self.last = dataset.rows(episodes, gap), np.zeros(dataset.total, np.int64)
@@ -209,23 +207,25 @@ def chosen_demos(dataset, demos):
 # ---------------------------------------------------------------- training
 def l1(prediction, target, mask):
     """Mean absolute error over (B, chunk, D) where mask (B, chunk): targets past an episode's end do not count."""
-    return ((prediction - target).abs().mean(-1) * mask).sum() / mask.sum().clamp_min(1)
+    return ((prediction - target).abs().mean(-1) * mask).sum() / pooled(mask.sum()).clamp_min(1)
 
 def train(agent, labels, args, path, stage, device, objective):
     """The loop of both phases. objective(batch) -> dict of losses, whose sum is descended. Returns the last means and the seconds."""
     optimizer = torch.optim.AdamW([p for p in agent.parameters() if p.requires_grad], lr=args.lr, weight_decay=1e-3, fused=True)
     (first, begin), seen, mean = resume(path, stage, args, agent, optimizer), [], {}
-    share = -(-args.batch // len(labels))
+    share = WORLD * -(-args.batch // len(labels))
+    [level.compile() for level in (agent.high, agent.low) if args.compile and level is not None]
     for step in tqdm(range(first, args.steps), path.stem, initial=first, total=args.steps, disable=None):
         rng = step_rng(args.seed, step)
-        batches = [part.batch(rng.choice(part.rows, share), args.chunk, agent.shape["cameras"], device) for part in labels]
-        records = [objective(augment(images), *rest) for images, *rest in batches]
+        batches = [part.batch(rng.choice(part.rows, share)[RANK::WORLD], args.chunk, agent.shape["cameras"], device) for part in labels]
+        with torch.autocast(device.type, torch.bfloat16, args.bf16):
+            records = [objective(augment(images), *rest) for images, *rest in batches]
         loss = sum(sum(r.values()) for r in records) / len(records)
         descend(loss, optimizer, step, args)
-        seen.append({k: np.mean([r[k].item() for r in records]) for k in records[0]})
+        seen.append({k: np.mean([pooled(r[k]).item() for r in records]) for k in records[0]})
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
             mean = {k: float(np.mean([s[k] for s in seen[-args.log_every:]])) for k in seen[-1]}
-            speed = (step + 1) * args.batch / (time.time() - begin)
+            speed = (step + 1) * args.batch * WORLD / (time.time() - begin)
             tqdm.write(f"{path.stem} step {step + 1:6d}  " + "  ".join(f"{k} {v:.3f}" for k, v in mean.items()) + f"  {speed:.0f} frames/s")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             save_checkpoint(path, stage, args, step + 1, agent, optimizer, begin, shape=agent.shape)

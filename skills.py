@@ -25,14 +25,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from scipy.signal import find_peaks
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import maximum_bipartite_matching
+from scipy.sparse import csgraph, csr_matrix
 from tqdm import tqdm
-from sklearn.cluster import KMeans
-from sklearn.metrics import normalized_mutual_info_score
+from sklearn import cluster, metrics
 import lam
-from data import fail, fingerprint, load_checkpoint, load_weights, open_sets, write
-from lam import Block, descend, draw_strip, resume, save_checkpoint, setup, stage_parser, step_rng, upright
+from data import RANK, WORLD, fail, fingerprint, load_checkpoint, load_weights, open_sets, write
+from lam import Block, descend, draw_strip, pooled, resume, save_checkpoint, setup, stage_parser, step_rng, upright
 
 def get_args(argv=None):
     parser = stage_parser(__doc__, steps=600)
@@ -61,12 +59,16 @@ def ste(c):
     """Straight-through estimator: 1 forward, identity backward (H-Net, eq. 7)."""
     return c + (1 - c).detach()
 
-def route(q, k, mask):
-    """Boundary probability and boundaries, (B, L), from q, k (B, L, D) (H-Net, eq. 4). The first position is always one, padding never."""
-    q, k = q[:, :-1], k[:, 1:]
+def route(q, k, mask, apart=1):
+    """Boundary probability and boundaries, (B, L), from q, k (B, L, D) (H-Net, eq. 4). The first position is always one, padding never.
+    apart above 1, where adjacent vectors overlap: k is compared with q that many positions before, and chunks are that long at least."""
+    q, k = F.pad(q[:, :-apart], (0, 0, apart - 1, 0), "replicate") if apart > 1 else q[:, :-1], k[:, 1:]
     cosine = (q * k).sum(-1) / ((q * q).sum(-1) * (k * k).sum(-1)).clamp_min(1e-16).sqrt()     # backwards faster than cosine_similarity
     p = torch.cat([q.new_ones(len(q), 1), (1 - cosine) / 2], 1)                     # (B, L)
-    return p, (p >= 0.5) & mask
+    boundary = (p >= 0.5) & mask
+    for t in range(1, p.shape[1]) if apart > 1 else ():
+        boundary[:, t] &= ~boundary[:, max(0, t - apart + 1):t].any(1)
+    return p, boundary
 
 def chunk(h, boundary):
     """Keep the vectors at boundaries: (B, L, D) -> (B, M, D), mask (B, M), and where each stood (B, M); M = most chunks of a row."""
@@ -88,16 +90,16 @@ def dechunk(x, p, boundary, position):
 
 def ratio_loss(boundary, p, mask, n):
     """N/(N-1) ((N-1) F G + (1-F)(1-G)) with F the share of boundaries and G the mean probability (H-Net, eq. 10). Returns loss, F, G."""
-    f, g = (boundary & mask).sum() / mask.sum(), (p * mask).sum() / mask.sum()
+    count = pooled(mask.sum())
+    f, g = pooled((boundary & mask).sum() / count), (p * mask).sum() / count
     return n / (n - 1) * ((n - 1) * f * g + (1 - f) * (1 - g)), f, g
 
 # ---------------------------------------------------------------- network
 class Stage(nn.Module):
     """One H-Net stage around its main network: again a Stage, or at the top a stack of blocks. widths: of this stage and those above."""
-
-    def __init__(self, widths, stages, layers):
+    def __init__(self, widths, stages, layers, apart=1):
         super().__init__()
-        d = widths[0]
+        d, self.apart = widths[0], apart
         blocks = lambda n, width: nn.Sequential(*[Block(width) for _ in range(n)])
         self.encoder, self.decoder = blocks(layers, d).append(nn.RMSNorm(d, elementwise_affine=False)), blocks(layers, d)
         self.q, self.k, self.residual = (nn.Linear(d, d, bias=False) for _ in range(3))
@@ -108,7 +110,7 @@ class Stage(nn.Module):
     def forward(self, x, mask):
         """x (B, L, D), mask (B, L) -> output (B, L, D) and the Routing of this stage and of all above it."""
         h = self.encoder(x)
-        p, boundary = route(self.q(h), self.k(h), mask)
+        p, boundary = route(self.q(h), self.k(h), mask, self.apart)
         z, inner_mask, position = chunk(h, boundary)
         if self.pad is not None:
             z = torch.cat([z, self.pad.expand(*z.shape[:2], -1)], -1)
@@ -118,12 +120,11 @@ class Stage(nn.Module):
 
 class HNet(nn.Module):
     """Standardised latents z (B, L, latent), mask (B, L) -> at t a prediction of z_{t+1}, and the routings of all stages."""
-
-    def __init__(self, latent, widths, stages, layers):
+    def __init__(self, latent, widths, stages, layers, gap=1):
         super().__init__()
         self.embed, self.head = nn.Linear(latent, widths[0], bias=False), nn.Linear(widths[0], latent)
         nn.init.orthogonal_(self.embed.weight)                                      # keeps the angles that the router compares
-        self.stage, self.norm = Stage(widths + widths[-1:], stages, layers), nn.RMSNorm(widths[0])
+        self.stage, self.norm = Stage(widths + widths[-1:], stages, layers, max(1, gap // 2)), nn.RMSNorm(widths[0])   # k frames a latent
 
     def forward(self, z, mask):
         y, routings = self.stage(self.embed(z), mask)
@@ -154,21 +155,21 @@ def get_batch(sets, latents, gap, count, window, rng, episodes):
     """Random stretches of episodes: z (B, L, D), mask (B, L), their rows in the packed sets (B, L), and which set each is from (B,)."""
     parts = []
     for i, (dataset, latent) in enumerate(zip(sets, latents)):
-        length = np.maximum(2, dataset.length[e := rng.choice(episodes[i], -(-count // len(sets)))] - gap)[:, None]
+        length = np.maximum(2, dataset.length[e := rng.choice(episodes[i], WORLD * -(-count // len(sets)))] - gap)[:, None]
         t = (rng.random(length.shape) * np.maximum(1, length - window + 1)).astype(int) + np.arange(window)  # (B, window)
         rows = dataset.start[e][:, None] + np.minimum(t, length - 1)
-        parts.append((latent[rows], t < length, rows, np.full(len(e), i)))
+        parts.append([x[RANK::WORLD] for x in (latent[rows], t < length, rows, np.full(len(e), i))])
     z, mask, rows, source = map(np.concatenate, zip(*parts))
     longest = mask.sum(1).max()
     return torch.from_numpy(z[:, :longest]), torch.from_numpy(mask[:, :longest]), rows[:, :longest], source
 
 def losses(model, fdm, batch, sets, args, scale, rng, device):
-    """The three losses of a batch, and F and G of every stage. scale: mean and standard deviation that standardised the latents."""
+    """The loss of a batch; L_latent, L_rec, and F and G of every stage. scale: what standardised the latents, mean and deviation."""
     z, mask, rows, source = batch
     z, mask = z.to(device), mask.to(device)
     prediction, routings = model(z, mask)
     valid = mask[:, 1:]
-    latent = (prediction[:, :-1] - z[:, 1:]).abs()[valid].mean()                    # L_latent, l1
+    latent = (prediction[:, :-1] - z[:, 1:]).abs()[valid].mean() * (valid.sum() / pooled(valid.sum()))     # L_latent, l1
     rec = torch.zeros((), device=device)
     if fdm is not None:                                                             # L_rec at 32 positions: I_{t+1+k} from I_{t+1} and the
         pick = rng.permutation(np.flatnonzero(valid.cpu().numpy()))[:32]            # PREDICTED latent; the frozen FDM passes gradients
@@ -178,20 +179,20 @@ def losses(model, fdm, batch, sets, args, scale, rng, device):
         rec = lam.ratio(fdm(now, prediction[b, t] * scale[1] + scale[0]), future, now)
     ratios = [ratio_loss(r.boundary, r.probability, r.mask, n) for r, n in zip(routings, args.chunk)]
     total = latent + args.rec * rec + args.ratio * sum(x[0] for x in ratios)
-    return total, latent, rec, [(f.item(), g.item()) for _, f, g in ratios]
+    return total, pooled(torch.stack([latent.detach(), rec.detach(), *(x.detach() for _, f, g in ratios for x in (f, g))])).tolist()
 
 # ---------------------------------------------------------------- figures
-def events(phase, names):
-    """Frames at which the true skill changes: the middle of each grasp and of each release, and any other change of phase. phase (L,)."""
+def events(phase, names, gripper=False):
+    """Frames at which the true skill changes: the middle of each grasp and release and, if not gripper, other changes. phase (L,)."""
     starts = np.flatnonzero(np.diff(phase, prepend=phase[0] - 1))
     short = np.isin(phase[starts], [names.index("grasp"), names.index("release")])
-    keep = short | ~np.append(True, short[:-1])                     # where a grasp ends is no further event, nor is the first frame
+    keep = short | ~np.append(True, short[:-1]) & (not gripper)     # where a grasp ends is no further event, nor is the first frame
     return np.where(short, (starts + np.append(starts[1:], len(phase)) - 1) // 2, starts)[keep]
 
 def match(found, true, slack=2):
     """Number of true events with a boundary of their own within slack frames: a maximum bipartite matching."""
     near = csr_matrix(np.abs(np.asarray(found, int)[:, None] - np.asarray(true, int)) <= slack)
-    return int((maximum_bipartite_matching(near) >= 0).sum()) if near.nnz else 0
+    return int((csgraph.maximum_bipartite_matching(near) >= 0).sum()) if near.nnz else 0
 
 def f1(pairs):
     """F1 over episodes of (boundaries, events), +-2 frames; the first frame of an episode is a boundary for free and does not count."""
@@ -224,7 +225,7 @@ def segment(model, dataset, latent, gap, device, batch=32):
 def score(sets, latents, boundaries, skills, gap):
     """Figures of every stage on held-out episodes, lists with one number a stage: boundary F1 and its controls; NMI of clustered skill
     vectors with the true phase; share of segments whose nearest one in another episode, in another set, has the same phase."""
-    keys = ["boundary_f1", "boundary_f1_uniform", "boundary_f1_random", "boundary_f1_peaks"]
+    keys = [f"{what}_f1{control}" for what in ("boundary", "gripper") for control in ("", "_uniform", "_random", "_peaks")]
     more = ["skill_nmi", "skill_retrieval", "skill_retrieval_other_set"]
     figures, rng, stages = {key: [] for key in keys + more}, np.random.default_rng(0), boundaries[0].shape[1]
     known = [i for i, dataset in enumerate(sets) if dataset.truth("phase") is not None]
@@ -234,16 +235,15 @@ def score(sets, latents, boundaries, skills, gap):
             n, phase = sets[i].length[e] - gap, sets[i].truth("phase")
             r = slice(sets[i].start[e], sets[i].start[e] + n)
             found, phase = np.flatnonzero(boundaries[i][r, stage]), np.asarray(phase[r])
-            uniform = np.linspace(0, n, len(found) + 1)[1:-1].round().astype(int)
-            chance = np.sort(rng.choice(np.arange(1, n), len(found) - 1, replace=False))
-            for key, control in zip(keys, (found[1:], uniform, chance, peaks(latents[i][r], len(found) - 1))):
-                pairs[key].append((control, events(phase, sets[i].phases)))
+            uniform, chance = np.linspace(0, n, len(found) + 1)[1:-1].round().astype(int), 1 + rng.choice(n - 1, len(found) - 1, False)
+            for j, control in enumerate((found[1:], uniform, chance, peaks(latents[i][r], len(found) - 1))):
+                [pairs[keys[j + 4 * g]].append((control, events(phase, sets[i].phases, gripper=bool(g)))) for g in (0, 1)]
             frames.append((vectors := skills[i][stage][r], phase))
             pieces += [(vectors[a], np.bincount(phase[a:b]).argmax(), 10 ** 6 * i + e, i) for a, b in zip(found, np.append(found[1:], n))]
         [figures[key].append(f1(pairs[key])) for key in keys]
         vectors, phase = map(np.concatenate, zip(*frames))
-        clusters = KMeans(len(np.unique(phase)), n_init=4, random_state=0).fit_predict(vectors)
-        figures["skill_nmi"].append(normalized_mutual_info_score(phase, clusters))
+        clusters = cluster.KMeans(len(np.unique(phase)), n_init=4, random_state=0).fit_predict(vectors)
+        figures["skill_nmi"].append(metrics.normalized_mutual_info_score(phase, clusters))
         vectors, labels, episode, name = map(np.array, zip(*pieces))
         n = F.normalize(torch.from_numpy(vectors - vectors.mean(0)), dim=1)
         for key, group in zip(more[1:], (episode, name) if len(known) > 1 else (episode,)):
@@ -317,7 +317,7 @@ def main():
     latents = [((z - scale[0]) / scale[1]).astype(np.float32) for z in raw]          # else adjacent latents are parallel and nothing is cut
     scale = [torch.from_numpy(x).float().to(device) for x in scale]
     widths = args.width * (len(args.chunk) + 1) if len(args.width) == 1 else args.width
-    model = HNet(raw[0].shape[1], widths, len(args.chunk), args.layers).to(device)
+    model = HNet(raw[0].shape[1], widths, len(args.chunk), args.layers, gap).to(device)
     slow = lambda name: any(part in name for part in ("embed", "encoder", ".k."))    # k stays near the latents; q, free to learn, foretells
     groups = [dict(params=[p for n, p in model.named_parameters() if slow(n) == s], share=args.slow if s else 1.0) for s in (True, False)]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.01)             # k: a boundary is where that fails
@@ -326,9 +326,9 @@ def main():
     for step in tqdm(range(first, args.steps), "skills", initial=first, total=args.steps, disable=None):
         rng = step_rng(args.seed, step)
         batch = get_batch(sets, latents, gap, args.batch, args.window, rng, episodes)
-        loss, latent, rec, rates = losses(model, fdm if args.rec else None, batch, sets, args, scale, rng, device)
+        loss, figures = losses(model, fdm if args.rec else None, batch, sets, args, scale, rng, device)
         descend(loss, optimizer, step, args)
-        seen.append((latent.item(), rec.item(), *np.ravel(rates)))
+        seen.append(figures)
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
             latent, rec, *fg = np.mean(seen[-args.log_every:], 0)
             shares = "  ".join(f"F{i // 2 + 1} {fg[i]:.3f} G{i // 2 + 1} {fg[i + 1]:.3f}" for i in range(0, len(fg), 2))
