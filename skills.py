@@ -12,7 +12,7 @@ the stage above it; what comes back is spread over the frames again, and the who
     loss = L_latent + rec * L_rec + ratio * L_ratio   next latent; next frame drawn by the frozen FDM; chunk rate near 1/N
 
     python skills.py                                  # toy world, about a minute on two CPU cores
-    python skills.py --data data/libero_10 --out out/libero_10 --chunk 12 3
+    python skills.py --data data/libero_10 --out out/libero_10 --chunk 20 3 --width 128
 
 Writes OUT/skills.pt, and for every packed set OUT/skills1.SET.npy, skills2.SET.npy (T, width: the skill of every frame) and
 OUT/boundaries.SET.npy (T, stages) bool; OUT/skills.json; OUT/skills.png, the film strip of one video with its boundaries.
@@ -292,7 +292,7 @@ def draw(path, sets, boundaries, more):
     rows, marks = [], {}
     for dataset, b in zip(sets, boundaries):
         e = dataset.split("val")[0]
-        for line in np.array_split(np.arange(dataset.start[e], dataset.start[e] + dataset.length[e], 2), 2):
+        for line in np.array_split(np.arange(dataset.start[e], dataset.start[e] + dataset.length[e], 2), -(-dataset.length[e] // 32)):
             level = [b[t:t + 2].any(0).sum() for t in line]                         # how many stages cut here
             marks |= {(len(rows), c): ("orange", "red", "purple")[min(n, 3) - 1] for c, n in enumerate(level) if n}
             rows.append((dataset.name, upright(dataset, dataset.frames[line])))
