@@ -47,8 +47,8 @@ def setup(args):
     name = args.device.replace("auto", (gpus[int(os.environ.get("LOCAL_RANK", 0)):] + ["cpu"])[0])
     name in ["cpu", *gpus, *["cuda"] * len(gpus)] or fail(f"--device {args.device}: no such device here; use --device cpu")
     if WORLD > 1 and not distributed.is_initialized():                   # torchrun --nproc-per-node 4 lam.py: each takes --batch
-        distributed.init_process_group("nccl" if "cuda" in name else "gloo")
-        sys.stdout = sys.stderr = open(os.devnull, "w") if RANK else sys.stdout
+        distributed.init_process_group("nccl" if "cuda" in name else "gloo", device_id=torch.device(name) if "cuda" in name else None)
+        sys.stdout, sys.stderr = [open(os.devnull, "w")] * 2 if RANK else [sys.stdout, sys.stderr]
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)

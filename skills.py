@@ -12,7 +12,7 @@ the stage above it; what comes back is spread over the frames again, and the who
     loss = L_latent + rec * L_rec + ratio * L_ratio   next latent; next frame drawn by the frozen FDM; chunk rate near 1/N
 
     python skills.py                                  # toy world, about a minute on two CPU cores
-    python skills.py --data data/libero_10 --out out/libero_10 --chunk 20 3 --width 128
+    python skills.py --data data/libero_10 --out out/libero_10 --chunk 20 3
 
 Writes OUT/skills.pt, and for every packed set OUT/skills1.SET.npy, skills2.SET.npy (T, width: the skill of every frame) and
 OUT/boundaries.SET.npy (T, stages) bool; OUT/skills.json; OUT/skills.png, the film strip of one video with its boundaries.
@@ -122,13 +122,13 @@ class HNet(nn.Module):
     """Standardised latents z (B, L, latent), mask (B, L) -> at t a prediction of z_{t+1}, and the routings of all stages."""
     def __init__(self, latent, widths, stages, layers, gap=1):
         super().__init__()
-        self.embed, self.head = nn.Linear(latent, widths[0], bias=False), nn.Linear(widths[0], latent)
+        self.embed, self.head, self.overlap = nn.Linear(latent, widths[0], bias=False), nn.Linear(widths[0], latent), gap > 1
         nn.init.orthogonal_(self.embed.weight)                                      # keeps the angles that the router compares
         self.stage, self.norm = Stage(widths + widths[-1:], stages, layers, max(1, gap // 2)), nn.RMSNorm(widths[0])   # k frames a latent
 
     def forward(self, z, mask):
         y, routings = self.stage(self.embed(z), mask)
-        return self.head(self.norm(y)), routings
+        return self.head(self.norm(y)) + z * self.overlap, routings                  # where latents overlap, the next is nearly the last
 
 def frame_rate(routings):
     """Every stage at frame rate: boundaries, list of (B, L) bool, and every frame's skill, list of (B, L, D) (HiLAM: k_t = cumsum b)."""

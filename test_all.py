@@ -9,7 +9,7 @@ torch.set_num_threads(1)
 TINY = {lam: ["--steps", 4, "--save-every", 2, "--batch", 8], skills: ["--steps", 4, "--save-every", 2, "--batch", 4],
         policy: ["--steps", 4, "--pretrain-steps", 4, "--save-every", 2, "--batch", 8, "--demos", 1],
         eval_libero: ["--demos", 1, "--tasks", 0, 3, "--episodes", 1, "--max-steps", 6]}
-WIDTHS = pytest.mark.parametrize("widths", [[16, 16, 16], [16, 20, 24, 28]])       # two stages of one width; three that grow
+WIDTHS = pytest.mark.parametrize("widths", [[16, 16, 16], [16, 20, 24, 28]])       # two stages, k = 1; three that grow, k = 4
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")                        # a tiny toy set in data/toy, and all four stages run on it, in out/toy
@@ -32,7 +32,7 @@ checkpoint = lambda path: torch.load(path, weights_only=True)
 contents = lambda folder: {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 def random_hnet(widths, latent=5):
     torch.manual_seed(3)                                           # all weights random: as built, blocks are the identity and hide mistakes
-    model = skills.HNet(latent, list(widths), len(widths) - 1, 1).requires_grad_(False)
+    model = skills.HNet(latent, list(widths), len(widths) - 1, 1, 4 * (len(widths) > 3)).requires_grad_(False)
     [parameter.normal_(std=0.3) for parameter in model.parameters()]
     return model.eval()
 
