@@ -123,7 +123,7 @@ class HNet(nn.Module):
     def __init__(self, latent, widths, stages, layers, gap=1):
         super().__init__()
         self.embed, self.head, self.overlap = nn.Linear(latent, widths[0], bias=False), nn.Linear(widths[0], latent), gap > 1
-        nn.init.orthogonal_(self.embed.weight)                                      # keeps the angles that the router compares
+        nn.init.orthogonal_(self.embed.weight), [nn.init.zeros_(p) for p in self.head.parameters() if self.overlap]    # keeps k's angles
         self.stage, self.norm = Stage(widths + widths[-1:], stages, layers, max(1, gap // 2)), nn.RMSNorm(widths[0])   # k frames a latent
 
     def forward(self, z, mask):
