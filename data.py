@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-PHASES = ["reach", "grasp", "carry", "release", "retreat"]     # the toy world's true skills, in truth_phase.bin
 RANK, WORLD = (int(os.environ.get(key, one)) for key, one in (("RANK", 0), ("WORLD_SIZE", 1)))    # set by torchrun, see lam.setup()
+PHASES = ["reach", "grasp", "carry", "release", "retreat"]     # the toy world's true skills, in truth_phase.bin
 LIBERO_PHASES = PHASES + ["descend", "lift", "lower", "hold", "turn", "push", "back", "insert"]         # of scripted LIBERO demonstrations
 TOY_SETS = ["data/toy/hand", "data/toy/robot"]
 

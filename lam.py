@@ -262,9 +262,9 @@ def probe(sets, latents, gap):
             guess = linear_model.LogisticRegression(max_iter=500).fit(z[train], grip[0]).predict(z[val])
             found["gripper_f1"].append(metrics.f1_score(grip[1], guess, labels=[-1, 1], average="macro"))
         if layout is not None:
-            for d in range(8):                                           # x and y of each block, over the frames in which it stands still
-                still = [rows[layout[rows, d] == layout[rows + gap, d]] for rows in (train, val)]
-                for key, x in (("layout_r2", z), ("layout_r2_random", np.random.default_rng(0).standard_normal(z.shape))):
+            for key, x in (("layout_r2", z), ("layout_r2_random", np.random.default_rng(0).standard_normal(z.shape))):
+                for d in range(8):                                       # x and y of each block, over the frames in which it stands still
+                    still = [rows[layout[rows, d] == layout[rows + gap, d]] for rows in (train, val)]
                     found[key].append(ridge(x[still[0]], layout[still[0], d:d + 1], x[still[1]], layout[still[1], d:d + 1]))
     figures = {key: float(np.mean(value)) if value else None for key, value in found.items()}
     figures |= dict(action_r2=np.mean(found["action_r2"], 0).tolist() if found["action_r2"] else [], action_r2_mean=figures["action_r2"])

@@ -254,13 +254,13 @@ def pretrain(args, sets, skill, action, device):
         predicted = agent.skill(images, tokens)                                  # video has no proprio
         latent = l1(agent(images, tokens, None, predicted.detach()), target, mask)
         return dict(skill=l1(predicted[:, None], label[:, None], torch.ones_like(mask[:, :1])), latent=latent)
-
     return agent, path.stem, *train(agent, labels, own, path, "policy_pretrain", device, objective)
 
 def finetune(args, sets, pretrained, device):
     """The acting level on labelled demonstrations. The high level stays as pretraining left it; without pretraining it is trained along."""
     labelled = [s for s in sets if s.actions is not None] or fail("none of the packed sets has actions: nothing to fine-tune on")
     episodes, name = [chosen_demos(s, args.demos) for s in labelled], f"policy_{args.variant}_{args.demos}"
+    all(np.isfinite(s.actions).all() for s in labelled) or fail(f"NaN or infinity in the actions of {', '.join(s.name for s in labelled)}")
     used = [np.concatenate([getattr(s, key)[s.rows(e)] for s, e in zip(labelled, episodes)]) for key in ("proprio", "actions")]
     low, high = used[1].min(0), used[1].max(0)
     mean, scale = (low + high) / 2, np.maximum((high - low) / 2, 1e-3)           # actions in [-1, 1]
@@ -302,7 +302,7 @@ def held_out(agents, sets, args):
     for name, agent in agents.items():
         wrong, known, skills = np.zeros(2), [], load_stage(dataset, args.out, VARIANTS[name.split()[0]][0]) if name in levels else None
         for e in dataset.split("val")[:20]:
-            rows = np.arange(dataset.start[e], dataset.start[e] + dataset.length[e])
+            rows = dataset.rows([e])
             wrist, true = None if dataset.wrist is None else dataset.wrist[rows], dataset.actions[rows]
             out, skill = agent.act(dataset.frames[rows], wrist, dataset.proprio[rows], [dataset.episodes[e]["text"]] * len(rows))
             wrong += np.abs(out[:, 0] - true).sum(), np.abs(true - true.mean(0)).sum()
@@ -317,8 +317,8 @@ def held_out(agents, sets, args):
                     axis.step(range(len(rows)), np.stack([which, near], 1), label=["skill", f"pi_h's, {name}"]), axis.legend(fontsize=7)
         figures[name] = dict(action_error=wrong[0] / wrong[1])
         figures[name] |= dict(zip(("skill_accuracy", "skill_chance"), np.mean(known, 0).tolist())) if known else {}
-    rows = np.arange(dataset.start[first], dataset.start[first] + dataset.length[first])
-    [axes[d].plot(dataset.actions[rows, d], "k", label="demonstration") and axes[d].set_ylabel(f"action {d}") for d in range(width)]
+    true = dataset.actions[dataset.rows([first])]
+    [axes[d].plot(true[:, d], "k", label="demonstration") and axes[d].set_ylabel(f"action {d}") for d in range(width)]
     axes[0].legend(fontsize=7)
     figure.save = figure.savefig                                                 # the name under which write() calls it
     write(Path(args.out, "policy.png"), figure)

@@ -17,7 +17,7 @@ the stage above it; what comes back is spread over the frames again, and the who
 Writes OUT/skills.pt, and for every packed set OUT/skills1.SET.npy, skills2.SET.npy (T, width: the skill of every frame) and
 OUT/boundaries.SET.npy (T, stages) bool; OUT/skills.json; OUT/skills.png, the film strip of one video with its boundaries.
 """
-import time
+import itertools, time
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
@@ -232,12 +232,12 @@ def score(sets, latents, boundaries, skills, gap):
     for stage in range(stages if known else 0):
         pairs, pieces, frames = {key: [] for key in keys}, [], []
         for i, e in [(i, e) for i in known for e in sets[i].split("val")]:
-            n, phase = sets[i].length[e] - gap, sets[i].truth("phase")
-            r = slice(sets[i].start[e], sets[i].start[e] + n)
-            found, phase = np.flatnonzero(boundaries[i][r, stage]), np.asarray(phase[r])
+            r = slice(start := sets[i].start[e], start + (n := sets[i].length[e] - gap))
+            found, phase = np.flatnonzero(boundaries[i][r, stage]), np.asarray(sets[i].truth("phase")[r])
             uniform, chance = np.linspace(0, n, len(found) + 1)[1:-1].round().astype(int), 1 + rng.choice(n - 1, len(found) - 1, False)
-            for j, control in enumerate((found[1:], uniform, chance, peaks(latents[i][r], len(found) - 1))):
-                [pairs[keys[j + 4 * g]].append((control, events(phase, sets[i].phases, gripper=bool(g)))) for g in (0, 1)]
+            cuts = found[1:], uniform, chance, peaks(latents[i][r], len(found) - 1)
+            true = [events(phase, sets[i].phases, gripper) for gripper in (False, True)]
+            [pairs[key].append((cut, event)) for key, (event, cut) in zip(keys, itertools.product(true, cuts))]
             frames.append((vectors := skills[i][stage][r], phase))
             pieces += [(vectors[a], np.bincount(phase[a:b]).argmax(), 10 ** 6 * i + e, i) for a, b in zip(found, np.append(found[1:], n))]
         [figures[key].append(f1(pairs[key])) for key in keys]
@@ -292,7 +292,7 @@ def draw(path, sets, boundaries, more):
     rows, marks = [], {}
     for dataset, b in zip(sets, boundaries):
         e = dataset.split("val")[0]
-        for line in np.array_split(np.arange(dataset.start[e], dataset.start[e] + dataset.length[e], 2), -(-dataset.length[e] // 32)):
+        for line in np.array_split(dataset.rows([e])[::2], -(-dataset.length[e] // 32)):
             level = [b[t:t + 2].any(0).sum() for t in line]                         # how many stages cut here
             marks |= {(len(rows), c): ("orange", "red", "purple")[min(n, 3) - 1] for c, n in enumerate(level) if n}
             rows.append((dataset.name, upright(dataset, dataset.frames[line])))
@@ -326,9 +326,9 @@ def main():
     for step in tqdm(range(first, args.steps), "skills", initial=first, total=args.steps, disable=None):
         rng = step_rng(args.seed, step)
         batch = get_batch(sets, latents, gap, args.batch, args.window, rng, episodes)
-        loss, figures = losses(model, fdm if args.rec else None, batch, sets, args, scale, rng, device)
+        loss, means = losses(model, fdm if args.rec else None, batch, sets, args, scale, rng, device)
         descend(loss, optimizer, step, args)
-        seen.append(figures)
+        seen.append(means)
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
             latent, rec, *fg = np.mean(seen[-args.log_every:], 0)
             shares = "  ".join(f"F{i // 2 + 1} {fg[i]:.3f} G{i // 2 + 1} {fg[i + 1]:.3f}" for i in range(0, len(fg), 2))

@@ -178,7 +178,7 @@ def test_video_import(tmp_path):
     grey = [Image.new("RGB", (40, 30), (50 * i,) * 3) for i in range(5)]
     grey[0].save(tmp_path / "raw/35.gif", save_all=True, append_images=grey[1:], duration=40)
     [image.save(tmp_path / f"raw/201/{i:04d}.png") for i, image in enumerate(grey)]
-    (tmp_path / "labels.json").write_text('[{"id": "35", "label": "pushing a cup"}, {"id": "201", "label": "holding a pen"}]')
+    (tmp_path / "labels.json").write_text('[{"id":"35", "label":"pushing a cup", "template":"P"}, {"id":"201", "label":"holding a pen"}]')
     call(data, "video", "--src", tmp_path / "raw", "--labels", tmp_path / "labels.json", "--out", tmp_path / "set", "--size", 16)
     packed = data.Packed(tmp_path / "set")
     assert [e["text"] for e in packed.episodes] == ["holding a pen", "pushing a cup"] and packed.actions is None
@@ -187,6 +187,7 @@ def test_video_import(tmp_path):
 def test_what_the_stages_write(run):
     out, reports = run / "out/toy", {p.stem: json.loads(p.read_text()) for p in (run / "out/toy").glob("*.json")}
     assert all(set(reports["policy"][k]) == {"policy_pretrain_z2_z0", "policy_hilam_1", "policy_flat_1"} for k in ("losses", "seconds"))
+    assert set(reports["eval_toy_flat"]["per_task"]) == {"0", "3"} and reports["eval_toy_flat"]["episodes"] == 2
     for packed in (data.Packed(run / "data/toy" / name) for name in ("hand", "robot")):
         assert (packed.actions is None) == (packed.proprio is None) == (packed.name == "hand")
         arrays = {key: np.load(out / f"{key}.{packed.name}.npy") for key in ("latents", "skills1", "skills2", "boundaries")}
@@ -219,10 +220,9 @@ def test_interrupted_training_ends_in_the_same_weights(out, monkeypatch, module,
         torch.testing.assert_close(*((c["model"], c["optimizer"]["state"]) for c in (a, b)), rtol=0, atol=0)
 
 def test_two_processes_equal_one_with_twice_the_batch(run, tmp_path):
-    for name, launch, batch in (("one", [], 8), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], 4)):
-        for script in ([lam.__file__], [skills.__file__, "--rec", 0]):
-            words = [sys.executable, *launch, *script, "--steps", 4, "--batch", batch, "--out", tmp_path / name]
-            subprocess.run(list(map(str, words)), cwd=run, check=True)
+    for name, start, batch in (("one", [], 8), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], 4)):
+        for job in ([lam.__file__], [skills.__file__, "--rec=0"]):
+            subprocess.run([sys.executable, *start, *job, "--steps=4", f"--batch={batch}", f"--out={tmp_path / name}"], cwd=run, check=True)
     for stage in ("lam", "skills"):                                # Adam's means of the gradients: those of the whole batch
         one, two = ([s["exp_avg"] for s in checkpoint(p)["optimizer"]["state"].values()] for p in sorted(tmp_path.glob(f"*/{stage}.pt")))
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
@@ -254,7 +254,8 @@ BROKEN = {                                                         # what is bro
     "lam.py unfinished": (lambda out: edit(out / "lam.pt", "step", lambda step: 2), skills, "stopped at step 2 of 4"),
     "no skills": (lambda out: [p.unlink() for p in out.glob("skills2.*")], policy, "run `python skills.py`"),
     "skills of other data": (lambda out: np.save(out / "skills2.robot.npy", np.zeros((3, 64))), policy, "run `python skills.py`"),
-    "no policy": (lambda out: (out / "policy_flat_1.pt").unlink(), eval_libero, "run `python policy.py`")}
+    "no policy": (lambda out: (out / "policy_flat_1.pt").unlink(), eval_libero, "run `python policy.py`"),
+    "policy.py unfinished": (lambda out: edit(out / "policy_flat_1.pt", "step", lambda step: 3), eval_libero, "stopped at step 3 of 4")}
 @pytest.mark.parametrize("damage, module, says", BROKEN.values(), ids=BROKEN)
 def test_broken_run_folder(out, damage, module, says):
     _, before = damage(out), contents(out)
@@ -296,7 +297,6 @@ def test_ensemble_equals_the_loop(execute):
                 old = [(e, (d - e) * execute + n) for e in range(d + 1) if (d - e) * execute + n < 4]
                 values, weights = zip(*[(chunks[e, int(slot == 9), j], np.exp(-0.01 * e * execute)) for e, j in old])
                 assert np.allclose(action, np.average(values, 0, weights))
-
 ASSETS = [Path(p, "libero/assets/scenes") for s in [importlib.util.find_spec("libero")] if s for p in s.submodule_search_locations]
 @pytest.mark.skipif(not any(p.exists() for p in ASSETS), reason="LIBERO or its assets are not installed")
 def test_libero_episodes(tmp_path, monkeypatch):
