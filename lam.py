@@ -153,7 +153,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         b, l, d = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(b, l, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(self.norm1(x)).view(b, l, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         ago = torch.arange(l, device=x.device)[:, None] - torch.arange(l, device=x.device)
         bias = (-0.5 ** torch.arange(1, self.heads + 1, device=x.device)[:, None, None] * ago).masked_fill(ago < 0, -torch.inf).to(q.dtype)
         x = x + self.proj(F.scaled_dot_product_attention(q, k, v, bias[None]).transpose(1, 2).reshape(b, l, d))

@@ -15,7 +15,7 @@ skill token and without pretraining, on the same labelled data, with the same st
 
 Writes OUT/policy_pretrain_SKILL_ACTION.pt, OUT/policy_VARIANT_DEMOS.pt, OUT/policy.json and OUT/policy.png (true and predicted actions).
 """
-import argparse, itertools, json, time, zlib
+import argparse, collections, functools, itertools, json, time, warnings, zlib
 from pathlib import Path
 import numpy as np
 import torch
@@ -32,7 +32,8 @@ from skills import load_latents
 # The rows of the paper's Table 1; stage 0 is the latent action itself.
 VARIANTS = {"hilam": (2, 0), "hilam_z1_z0": (1, 0), "hilam_z2_z1": (2, 1), "hilam_scratch": (2, None),
             "flat": (None, None), "flat_z0": (None, 0), "flat_z2": (None, 2)}
-WORDS, LONGEST = 4096, 32                                          # buckets that words are hashed into; most words of a sentence
+warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+CONTROLS, WORDS, LONGEST = ("shuffled", "constant", "uniform"), 4096, 32     # buckets words are hashed into; most words of a sentence
 
 def get_args(argv=None):
     parser = stage_parser(__doc__, steps=1500)
@@ -40,8 +41,10 @@ def get_args(argv=None):
     add("--variant", nargs="+", choices=VARIANTS, default=["hilam", "flat"], help="what to train (default: hilam flat)")
     add("--demos", type=amount, nargs="+", default=[0.1], help="labelled demonstrations a task: counts (5) or shares (0.1; 1.0 is all)")
     add("--pretrain-steps", type=int, default=2500, help="steps of pretraining; --steps counts fine-tuning (default: %(default)s)")
-    add("--video", nargs="+", help="names of the packed sets to pretrain on, of those in --data (default: all)")
+    add("--video", nargs="+", help="packed sets to pretrain on, of those in --data; their names become part of the run's (default: all)")
+    add("--control", choices=CONTROLS, help="spoil the skills: shuffled over segments, constant, or cut uniformly; joins the run's name")
     add = parser.add_argument_group("model and optimizer").add_argument
+    add("--text", metavar="T5", help="read sentences with a frozen T5: t5-small or a folder (default: a small encoder of words)")
     add("--chunk", type=int, default=10, help="actions predicted at once; 10 in BAKU (default: %(default)s)")
     add("--channels", type=int, default=32, help="channels of the image encoder's first layer, half of the next (default: %(default)s)")
     add("--width", type=int, default=128, help="token width; 256 in BAKU (default: %(default)s)")
@@ -62,23 +65,28 @@ def amount(text):
     return value
 
 # ---------------------------------------------------------------- models
-def tokenize(texts):
-    """Sentences -> (B, 64) int64: each word, and each word with its place, hashed into a bucket; 0 is padding. No vocabulary to lose."""
-    out = np.zeros((len(texts), 2 * LONGEST), np.int64)
-    for row, text in zip(out, texts):
-        for i, word in enumerate(text.lower().split()[:LONGEST]):
-            row[2 * i:2 * i + 2] = [1 + zlib.crc32(key.encode()) % WORDS for key in (word, f"{i} {word}")]
-    return torch.from_numpy(out)
+@functools.cache
+def t5(name):
+    """Tokenizer and encoder of a T5 (a name on the Hugging Face hub, or a folder), frozen. Exits where there is none."""
+    try:
+        from transformers import AutoTokenizer, T5EncoderModel
+        return AutoTokenizer.from_pretrained(name), T5EncoderModel.from_pretrained(name).eval()
+    except (ImportError, OSError, ValueError) as error:
+        fail(f"--text {name}: {str(error).strip().splitlines()[0]} (needs `pip install transformers` and a T5's name or folder)")
 
-class TextEncoder(nn.Module):
-    """Normalised sum of the embeddings of words and placed words: (B, 64) int64 -> (B, width). Stands in for the paper's T5."""
-    def __init__(self, width):
-        super().__init__()
-        self.words = nn.Embedding(WORDS + 1, width, padding_idx=0)
-        self.norm = nn.LayerNorm(width)
+@functools.lru_cache(100_000)
+def tokenize(text, name=None):
+    """A sentence: its words, and words with their place, hashed into buckets, (64,) int64, 0 is padding; or the mean state of T5, (D,)."""
+    if name:
+        tokenizer, encoder = t5(name)
+        return encoder(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0).detach()
+    keys = [key for i, word in enumerate(text.lower().split()[:LONGEST]) for key in (word, f"{i} {word}")]
+    return torch.tensor([1 + zlib.crc32(key.encode()) % WORDS for key in keys] + [0] * (2 * LONGEST - len(keys)))
 
-    def forward(self, tokens):
-        return self.norm(self.words(tokens).sum(1))                                 # a mean would drown the few words that differ
+def text_encoder(width, name=None):
+    """Normalised sum of embeddings of words and placed words (a mean drowns the few that differ), or T5's vector projected: (B, width)."""
+    words = nn.Linear(t5(name)[1].config.d_model, width) if name else nn.EmbeddingBag(WORDS + 1, width, mode="sum", padding_idx=0)
+    return nn.Sequential(collections.OrderedDict(words=words, norm=nn.LayerNorm(width)))
 
 class Policy(nn.Module):
     """One level: images, the text's vector and perhaps a skill -> a chunk of vectors. text 0 or skill 0: built without it.
@@ -102,7 +110,7 @@ class Policy(nn.Module):
         told = [net(x) for net, x in ((self.text, text), (self.skill, skill)) if net is not None]             # (B, W) each
         each = told[0].repeat_interleave(cameras, 0)                               # one encoder for all cameras, as in BAKU
         x = F.pixel_unshuffle(images.flatten(0, 1) - 0.5, self.patch)              # (B * cameras, ., 16, 16)
-        place, seen = torch.linspace(-1, 1, 16, device=x.device).expand(len(x), 1, 16, 16), []
+        place, seen = torch.linspace(-1, 1, 16, device=x.device).expand(x.shape[0], 1, 16, 16), []
         x = torch.cat([x, place, place.transpose(2, 3)], 1)
         for block in self.conv:                                                    # spatial softmax (Levine et al. 2016) of every layer:
             x = block(x, each)                                                     # where each channel looks, sharpened
@@ -121,14 +129,14 @@ class Agent(nn.Module):
     shape: dict(size, cameras, high_cameras, proprio, skill, target) of the data; the last three are widths, skill 0 for a flat policy."""
     def __init__(self, shape, args):
         super().__init__()
-        w, self.shape, self.low_text = args.width, dict(shape), args.low_text or not shape["skill"]
+        w, self.shape, self.low_text, self.t5, self.traced = args.width, shape, args.low_text or not shape["skill"], args.text, {}
         make = lambda cameras, *rest: Policy(shape["size"], cameras, shape["proprio"], *rest, args)
-        high = shape["skill"] > 0
-        self.high_text, self.high = (TextEncoder(w), make(shape["high_cameras"], w, 0, shape["skill"], 1)) if high else (None, None)
-        self.text = TextEncoder(w) if self.low_text else None
+        self.high_text = text_encoder(w, self.t5) if shape["skill"] else None
+        self.high = make(shape["high_cameras"], w, 0, shape["skill"], 1) if shape["skill"] else None
+        self.text = text_encoder(w, self.t5) if self.low_text else None
         self.low = make(shape["cameras"], w * self.low_text, shape["skill"], shape["target"], args.chunk)
-        for name, width in ((key, shape[key]) for key in ("proprio", "target", "skill")):
-            self.register_buffer(f"{name}_mean", torch.zeros(width)), self.register_buffer(f"{name}_scale", torch.ones(width))
+        for key, (name, fill) in itertools.product(("proprio", "target", "skill"), dict(mean=torch.zeros, scale=torch.ones).items()):
+            self.register_buffer(f"{key}_{name}", fill(shape[key]))
 
     def skill(self, images, tokens):
         """pi_h: the standardised skill (B, skill) that the text asks for in these images."""
@@ -140,38 +148,40 @@ class Agent(nn.Module):
         proprio = None if proprio is None else (proprio - self.proprio_mean) / self.proprio_scale
         return self.low(images, self.text(tokens) if self.low_text else None, skill, proprio)
 
-    @torch.inference_mode()
+    def decide(self, images, tokens, proprio):
+        """Actions (B, chunk, A) and skill (B, D), D = 0 without a high level, both in true units."""
+        skill = self.skill(images, tokens) if self.high is not None else None
+        actions = self(images, tokens, proprio, skill).clamp(-1, 1) * self.target_scale + self.target_mean
+        return actions, actions[:, 0, :0] if skill is None else skill * self.skill_scale + self.skill_mean
+
+    @torch.no_grad()
     def act(self, frames, wrist, proprio, texts):
-        """Observations of B environments, frames and wrist (B, S, S, 3) uint8 -> actions (B, chunk, A) and skill (B, D), in true units."""
-        device = self.target_mean.device
-        cameras = [torch.from_numpy(x).to(device) for x in ([frames] if self.shape["cameras"] == 1 else [frames, wrist])]
-        images = torch.stack(cameras, 1).permute(0, 1, 4, 2, 3).float() / 255
-        tokens, proprio = tokenize(texts).to(device), torch.from_numpy(proprio).float().to(device)
-        skill = None if self.high is None else self.skill(images, tokens)
-        out = self(images, tokens, proprio, skill).clamp(-1, 1) * self.target_scale + self.target_mean
-        return out.cpu().numpy(), None if skill is None else (skill * self.skill_scale + self.skill_mean).cpu().numpy()
+        """Observations of B environments, frames and wrist (B, S, S, 3) uint8 -> what decide() gives, as numpy arrays."""
+        images, device = np.stack([frames, wrist][:self.shape["cameras"]], 1), self.target_mean.device
+        images = torch.from_numpy(images).to(device).permute(0, 1, 4, 2, 3).float() / 255
+        tokens, proprio = torch.stack([tokenize(t, self.t5) for t in texts]), torch.from_numpy(proprio).float()
+        seen, net = (images, tokens.to(device), proprio.to(device)), self
+        if len(images) == 1:                                                       # one robot: half of the time would be Python's
+            net = self.traced[0] = self.traced.get(0) or torch.jit.trace_module(self, dict(decide=seen))
+        return [x.cpu().numpy() for x in net.decide(*seen)]
 
 # ---------------------------------------------------------------- data
 class Labels:
     """Rows of some episodes of a packed set with their targets: an array of length T, normalised; valid where the target exists."""
-    def __init__(self, dataset, episodes, target, skill=None, gap=0):
+    def __init__(self, dataset, episodes, target, skill=None, gap=0, t5=None):
         self.dataset, self.target, self.skill = dataset, target, skill
-        self.rows, self.last = dataset.rows(episodes, gap), np.zeros(dataset.total, np.int64)
-        self.tokens, self.episode = tokenize([e["text"] for e in dataset.episodes]), np.zeros(dataset.total, np.int64)
-        for e in episodes:
-            r = slice(dataset.start[e], dataset.start[e] + dataset.length[e])
-            self.last[r], self.episode[r] = r.stop - 1 - gap, e                   # the last row that has a target
+        self.rows, self.episode = dataset.rows(episodes, gap), np.repeat(np.arange(len(dataset.start)), dataset.length)
+        self.last = dataset.start + dataset.length - 1 - gap                      # of each episode, the last row that has a target
+        self.tokens = torch.stack([tokenize(e["text"], t5) for e in dataset.episodes])
 
     def batch(self, rows, chunk, cameras, device):
         """images, tokens, proprio (or None), target (B, chunk, D), mask (B, chunk) False past the episode's end, skill (or None)."""
         d, t = self.dataset, rows[:, None] + np.arange(chunk)
         image = np.stack([d.frames[rows]] + ([d.wrist[rows]] if cameras > 1 and d.wrist is not None else []), 1)
         images = torch.from_numpy(image).to(device).permute(0, 1, 4, 2, 3).float() / 255
-        proprio = None if d.proprio is None else torch.from_numpy(d.proprio[rows]).to(device)
-        target, mask = self.target[np.minimum(t, d.total - 1)], t <= self.last[rows][:, None]
-        skill = None if self.skill is None else torch.from_numpy(self.skill[rows]).to(device)
-        target, mask = torch.from_numpy(target).to(device), torch.from_numpy(mask).to(device)
-        return images, self.tokens[self.episode[rows]].to(device), proprio, target, mask, skill
+        at = lambda array, index: None if array is None else torch.from_numpy(array[index]).to(device)
+        target, mask = at(self.target, np.minimum(t, d.total - 1)), at(t <= self.last[self.episode[rows]][:, None], ...)
+        return images, self.tokens[self.episode[rows]].to(device), at(d.proprio, rows), target, mask, at(self.skill, rows)
 
 def augment(images):
     """For every variant alike: contrast and brightness by +-20 %, each camera shifted by up to a 64th (proprio does not shift along)."""
@@ -184,19 +194,20 @@ def augment(images):
 
 def standardise(arrays, rows):
     """Arrays of several sets, jointly standardised over the given rows of each; their mean and their standard deviation."""
-    used = np.concatenate([a[r] for a, r in zip(arrays, rows)])
-    mean, scale = used.mean(0), used.std(0) + 1e-6
+    mean, scale = (used := np.concatenate([a[r] for a, r in zip(arrays, rows)])).mean(0), used.std(0) + 1e-6
     return [((a - mean) / scale).astype(np.float32) for a in arrays], torch.from_numpy(mean), torch.from_numpy(scale)
 
-def load_stage(dataset, out, stage):
-    """Vectors of a stage at frame rate, (T, D): 0 the latent actions, 1 and up the skills of stage 2."""
+def load_stage(dataset, out, stage, control=None):
+    """Vectors of a stage at frame rate, (T, D): 0 the latent actions, 1 and up the skills of stage 2, or what --control makes of them."""
     if stage == 0:
         return load_latents(dataset, out)
-    if not (path := Path(out, f"skills{stage}.{dataset.name}.npy")).exists():
-        fail(f"{path} is missing: run `python skills.py` with the same --data and --out first")
-    if len(vectors := np.load(path)) != dataset.total:
-        fail(f"{path}: {len(vectors)} skills for {dataset.total} frames: run `python skills.py` again")
-    return vectors
+    path = Path(out, f"{'uniform' if control == 'uniform' else 'skills'}{stage}.{dataset.name}.npy")
+    if not path.exists() or len(vectors := np.load(path)) != dataset.total:
+        fail(f"{path} is missing or of other data: run `python skills.py` with the same --data and --out first")
+    if control == "shuffled":                                                    # each segment gets the vector of a random one
+        values, which = np.unique(vectors, axis=0, return_inverse=True)
+        return np.random.default_rng(0).permutation(values)[which.ravel()]
+    return 0 * vectors if control == "constant" else vectors
 
 def chosen_demos(dataset, demos):
     """Training episodes to use: the first `demos` of every task, or that share of them when it is a float (at least one)."""
@@ -233,45 +244,40 @@ def train(agent, labels, args, path, stage, device, objective):
 
 def pretrain(args, sets, skill, action, device):
     """Both levels on pseudo-labels: pi_h predicts zbar^skill, pi_l (or a flat policy, skill None) a chunk of stage `action` vectors."""
-    path = Path(args.out, f"policy_pretrain_{'z%d_' % skill if skill else ''}z{action}.pt")
-    video = [s for s in sets if not args.video or s.name in args.video]
-    if args.video and {s.name for s in video} != set(args.video):
-        fail(f"--video {' '.join(args.video)}: not all of these are among {', '.join(s.name for s in sets)}")
+    path = Path(args.out, f"policy_pretrain_{'z%d_' % skill if skill else ''}z{action}{args.suffix}.pt")
+    video = [s for s in sets if s.name in (args.video or [s.name])]
+    len(video) == len(args.video or video) or fail(f"--video {' '.join(args.video)}: choose from {', '.join(s.name for s in sets)}")
     gap = load_checkpoint(Path(args.out, "lam.pt"), "lam")["args"]["gap"] if Path(args.out, "lam.pt").exists() else 0
     rows = [s.rows(s.split("train"), gap) for s in video]
     targets, *_ = standardise([load_stage(s, args.out, action) for s in video], rows)
-    skills, *units = standardise([load_stage(s, args.out, skill) for s in video], rows) if skill else ([None] * len(video),)
-    labels = [Labels(s, s.split("train"), t, k, gap) for s, t, k in zip(video, targets, skills)]
+    skills, *units = standardise([load_stage(s, args.out, skill, args.control) for s in video], rows) if skill else ([None] * len(video),)
+    labels = [Labels(s, s.split("train"), t, k, gap, args.text) for s, t, k in zip(video, targets, skills)]
     shape = data_shape(sets) | dict(target=targets[0].shape[1], skill=skills[0].shape[1] if skill else 0)
     shape["high_cameras"] = 1 + all(s.wrist is not None for s in video)
     own = argparse.Namespace(**vars(args) | dict(variant=None, demos=None, finetune_lr=None, steps=args.pretrain_steps,
                                                  data_checksum=fingerprint(*targets, *(k for k in skills if k is not None))))
     agent = Agent(shape, args).to(device)
     [buffer.copy_(value) for buffer, value in zip((agent.skill_mean, agent.skill_scale), units)]
-    def objective(images, tokens, proprio, target, mask, label):
-        if not skill:
-            return dict(latent=l1(agent(images, tokens), target, mask))
-        predicted = agent.skill(images, tokens)                                  # video has no proprio
-        latent = l1(agent(images, tokens, None, predicted.detach()), target, mask)
-        return dict(skill=l1(predicted[:, None], label[:, None], torch.ones_like(mask[:, :1])), latent=latent)
+    def objective(images, tokens, proprio, target, mask, label):                 # video has no proprio
+        told = agent.skill(images, tokens) if skill else None
+        terms = dict(skill=l1(told[:, None], label[:, None], torch.ones_like(mask[:, :1]))) if skill else {}
+        return terms | dict(latent=l1(agent(images, tokens, None, told.detach() if skill else None), target, mask))
     return agent, path.stem, *train(agent, labels, own, path, "policy_pretrain", device, objective)
 
 def finetune(args, sets, pretrained, device):
     """The acting level on labelled demonstrations. The high level stays as pretraining left it; without pretraining it is trained along."""
     labelled = [s for s in sets if s.actions is not None] or fail("none of the packed sets has actions: nothing to fine-tune on")
-    episodes, name = [chosen_demos(s, args.demos) for s in labelled], f"policy_{args.variant}_{args.demos}"
+    episodes, name = [chosen_demos(s, args.demos) for s in labelled], f"policy_{args.variant}{args.suffix}_{args.demos}"
     all(np.isfinite(s.actions).all() for s in labelled) or fail(f"NaN or infinity in the actions of {', '.join(s.name for s in labelled)}")
     used = [np.concatenate([getattr(s, key)[s.rows(e)] for s, e in zip(labelled, episodes)]) for key in ("proprio", "actions")]
-    low, high = used[1].min(0), used[1].max(0)
-    mean, scale = (low + high) / 2, np.maximum((high - low) / 2, 1e-3)           # actions in [-1, 1]
-    labels = [Labels(s, e, ((s.actions - mean) / scale).astype(np.float32)) for s, e in zip(labelled, episodes)]
+    mean, scale = (used[1].min(0) + used[1].max(0)) / 2, np.maximum(np.ptp(used[1], 0) / 2, 1e-3)        # actions in [-1, 1]
+    labels = [Labels(s, e, ((s.actions - mean) / scale).astype(np.float32), t5=args.text) for s, e in zip(labelled, episodes)]
     shape = dict(pretrained.shape if pretrained else data_shape(sets) | dict(skill=64 * bool(VARIANTS[args.variant][0])), target=len(mean))
     torch.manual_seed(args.seed)
     agent = Agent(shape, args).to(device)
     if pretrained:                                                               # all but the head and what normalises its output
         agent.load_state_dict({k: v for k, v in pretrained.state_dict().items() if not k.startswith(("low.head", "target"))}, strict=False)
-        for module in filter(None, (agent.high, agent.high_text)):
-            module.requires_grad_(False)
+        [module.requires_grad_(False) for module in (agent.high, agent.high_text) if module is not None]
     for key, value in dict(proprio_mean=used[0].mean(0), proprio_scale=used[0].std(0) + 1e-3, target_mean=mean, target_scale=scale).items():
         getattr(agent, key).copy_(torch.from_numpy(value))
     old = [p.detach().cpu().numpy().ravel() for p in pretrained.parameters()] if pretrained else []
@@ -281,26 +287,24 @@ def finetune(args, sets, pretrained, device):
 
 def data_shape(sets):
     """What the models must know of the data: frame size, cameras, width of proprio."""
-    widths = {s.proprio.shape[1] for s in sets if s.proprio is not None} or {1}
-    cameras = 1 + any(s.wrist is not None for s in sets)
-    return dict(size=sets[0].frames.shape[1], cameras=cameras, high_cameras=cameras, proprio=widths.pop())
+    width, cameras = max([1, *(s.proprio.shape[1] for s in sets if s.proprio is not None)]), 1 + any(s.wrist is not None for s in sets)
+    return dict(size=sets[0].frames.shape[1], cameras=cameras, high_cameras=cameras, proprio=width)
 
 def load_agent(out, variant, demos, device):
     """The fine-tuned policy of a run folder, ready to act."""
     record = load_checkpoint(path := Path(out, f"policy_{variant}_{demos}.pt"), "policy")
-    agent = Agent(record["shape"], argparse.Namespace(**record["args"]))
-    load_weights(agent, record, path)
+    load_weights(agent := Agent(record["shape"], argparse.Namespace(**record["args"])), record, path)
     return agent.to(device).eval()
 
 def held_out(agents, sets, args):
     """On held-out demonstrations: L1 error of the first predicted action over that of predicting the mean; how often, of the skills of the
     episode, the true one is nearest to pi_h's, and how often by chance. Draws actions and skills of one demonstration."""
     dataset = [s for s in sets if s.actions is not None][0]
-    levels, width = [n for n, a in agents.items() if a.high and VARIANTS[n.split()[0]][1] is not None], dataset.actions.shape[1]
+    levels, width = {n: pair[0] for n, (_, pair) in agents.items() if None not in pair}, dataset.actions.shape[1]
     figure, figures, phase = Figure((9, 1.3 * (width + len(levels))), layout="constrained"), {}, dataset.truth("phase")
     axes, first = figure.subplots(width + len(levels), sharex=True), dataset.split("val")[0]
-    for name, agent in agents.items():
-        wrong, known, skills = np.zeros(2), [], load_stage(dataset, args.out, VARIANTS[name.split()[0]][0]) if name in levels else None
+    for name, (agent, _) in agents.items():
+        wrong, known, skills = np.zeros(2), [], load_stage(dataset, args.out, levels[name], args.control) if name in levels else None
         for e in dataset.split("val")[:20]:
             rows = dataset.rows([e])
             wrist, true = None if dataset.wrist is None else dataset.wrist[rows], dataset.actions[rows]
@@ -312,36 +316,32 @@ def held_out(agents, sets, args):
                 which, near = np.argsort(np.argsort(begin))[which], cdist(skill, skills[rows[np.sort(begin)]]).argmin(1)
                 known.append((np.mean(near == which), 1 / len(begin)))
                 if e == first:
-                    axis = axes[width + levels.index(name)]
+                    axis = axes[width + list(levels).index(name)]
                     phase is None or axis.pcolorfast([0, len(rows)], [0, len(begin)], phase[rows][None], cmap="Pastel1")
                     axis.step(range(len(rows)), np.stack([which, near], 1), label=["skill", f"pi_h's, {name}"]), axis.legend(fontsize=7)
-        figures[name] = dict(action_error=wrong[0] / wrong[1])
-        figures[name] |= dict(zip(("skill_accuracy", "skill_chance"), np.mean(known, 0).tolist())) if known else {}
-    true = dataset.actions[dataset.rows([first])]
-    [axes[d].plot(true[:, d], "k", label="demonstration") and axes[d].set_ylabel(f"action {d}") for d in range(width)]
-    axes[0].legend(fontsize=7)
-    figure.save = figure.savefig                                                 # the name under which write() calls it
-    write(Path(args.out, "policy.png"), figure)
+        figures[name] = dict(action_error=wrong[0] / wrong[1]) | dict(zip(("skill_accuracy", "skill_chance"), np.mean(known or [[]], 0)))
+    for d, line in enumerate(dataset.actions[dataset.rows([first])].T):
+        axes[d].plot(line, "k", label="demonstration"), axes[d].set_ylabel(f"action {d}")
+    axes[0].legend(fontsize=7), write(Path(args.out, "policy.png"), argparse.Namespace(save=figure.savefig))
     return figures
 
 def main():
     args = get_args()
-    device, sets = setup(args), open_sets(args.data)
-    report = Path(args.out, "policy.json")
+    device, sets, pretrained, agents, report = setup(args), open_sets(args.data), {}, {}, Path(args.out, "policy.json")
     figures = json.loads(report.read_text()) if report.exists() else dict(losses={}, seconds={}, held_out={})
-    pretrained, agents = {}, {}
-
     def note(agent, name, losses, seconds):                                      # losses are empty when nothing was left to train
         if losses:
             figures["losses"][name], figures["seconds"][name] = losses, seconds
         return write(report, figures) or agent
-
     for variant, demos in itertools.product(args.variant, args.demos):
         pair, own = VARIANTS[variant], argparse.Namespace(**vars(args) | dict(variant=variant, demos=demos))
+        if pair[1] is None:                                                      # no video, and no skills from it
+            own.video = own.control = own.pretrain_steps = None
+        own.suffix = "".join(f"_{x}" for x in (*(own.video or []), own.control if pair[0] else None) if x)
         if pair[1] is not None and pair not in pretrained:
             torch.manual_seed(args.seed)
-            pretrained[pair] = note(*pretrain(args, sets, *pair, device))
-        agents[f"{variant} {demos}"] = note(*finetune(own, sets, pretrained.get(pair), device))
+            pretrained[pair] = note(*pretrain(own, sets, *pair, device))
+        agents[f"{variant}{own.suffix} {demos}"] = note(*finetune(own, sets, pretrained.get(pair), device)), pair
     figures["held_out"] |= (found := held_out(agents, sets, args))
     write(report, figures)
     [print(f"held-out demonstrations, {name}: " + "  ".join(f"{k} {v:.3f}" for k, v in row.items())) for name, row in found.items()]

@@ -14,8 +14,8 @@ the stage above it; what comes back is spread over the frames again, and the who
     python skills.py                                  # toy world, about a minute on two CPU cores
     python skills.py --data data/libero_10 --out out/libero_10 --chunk 20 3
 
-Writes OUT/skills.pt, and for every packed set OUT/skills1.SET.npy, skills2.SET.npy (T, width: the skill of every frame) and
-OUT/boundaries.SET.npy (T, stages) bool; OUT/skills.json; OUT/skills.png, the film strip of one video with its boundaries.
+Writes OUT/skills.pt, and for every packed set OUT/skills1.SET.npy, skills2.SET.npy (T, width: the skill of every frame),
+uniform1.SET.npy ... (the same cut uniformly, a control) and boundaries.SET.npy (T, stages) bool; OUT/skills.json; OUT/skills.png.
 """
 import itertools, time
 from pathlib import Path
@@ -99,7 +99,7 @@ class Stage(nn.Module):
     """One H-Net stage around its main network: again a Stage, or at the top a stack of blocks. widths: of this stage and those above."""
     def __init__(self, widths, stages, layers, apart=1):
         super().__init__()
-        d, self.apart = widths[0], apart
+        d, self.apart, self.every = widths[0], apart, 0
         blocks = lambda n, width: nn.Sequential(*[Block(width) for _ in range(n)])
         self.encoder, self.decoder = blocks(layers, d).append(nn.RMSNorm(d, elementwise_affine=False)), blocks(layers, d)
         self.q, self.k, self.residual = (nn.Linear(d, d, bias=False) for _ in range(3))
@@ -111,9 +111,10 @@ class Stage(nn.Module):
         """x (B, L, D), mask (B, L) -> output (B, L, D) and the Routing of this stage and of all above it."""
         h = self.encoder(x)
         p, boundary = route(self.q(h), self.k(h), mask, self.apart)
+        if self.every:                                                              # a control: cut uniformly instead
+            boundary = mask & (torch.arange(mask.shape[1], device=mask.device) % self.every == 0)
         z, inner_mask, position = chunk(h, boundary)
-        if self.pad is not None:
-            z = torch.cat([z, self.pad.expand(*z.shape[:2], -1)], -1)
+        z = z if self.pad is None else torch.cat([z, self.pad.expand(*z.shape[:2], -1)], -1)
         y, above = self.main(z, inner_mask) if isinstance(self.main, Stage) else (self.main(z), [])
         out = dechunk(y[..., :h.shape[-1]], p, boundary, position) + self.residual(h)
         return self.decoder(out), [Routing(p, boundary, mask, h)] + above
@@ -165,8 +166,7 @@ def get_batch(sets, latents, gap, count, window, rng, episodes):
 
 def losses(model, fdm, batch, sets, args, scale, rng, device):
     """The loss of a batch; L_latent, L_rec, and F and G of every stage. scale: what standardised the latents, mean and deviation."""
-    z, mask, rows, source = batch
-    z, mask = z.to(device), mask.to(device)
+    z, mask, rows, source = *(x.to(device) for x in batch[:2]), *batch[2:]
     prediction, routings = model(z, mask)
     valid = mask[:, 1:]
     latent = (prediction[:, :-1] - z[:, 1:]).abs()[valid].mean() * (valid.sum() / pooled(valid.sum()))     # L_latent, l1
@@ -300,20 +300,17 @@ def draw(path, sets, boundaries, more):
 
 def main():
     args = get_args()
-    if len(args.width) not in (1, len(args.chunk) + 1) or any(n <= 1 for n in args.chunk):
-        fail("--width takes one number, or one a stage and one for the top, and every N of --chunk is above 1")
+    len(args.width) in (1, len(args.chunk) + 1) and min(args.chunk) > 1 or fail("--width: 1 number or 1 more than stages; --chunk: above 1")
     device, sets = setup(args), open_sets(args.data)
     args.data_checksum = fingerprint(*(raw := [load_latents(s, args.out) for s in sets]))
     fdm, gap, lam_path = None, 0, Path(args.out, "lam.pt")
     if lam_path.exists():
         record = load_checkpoint(lam_path, "lam")
-        model = lam.LAM(record["args"], sets[0].frames.shape[1])
-        load_weights(model, record, lam_path)
+        load_weights(model := lam.LAM(record["args"], sets[0].frames.shape[1]), record, lam_path)
         fdm, gap = model.fdm.to(device).requires_grad_(False), record["args"]["gap"]
         fdm.wrist, fdm.gap = record["args"]["wrist"], gap
     fdm and args.rec or print(f"the reconstruction loss is off: {'--rec 0' if fdm else f'no FDM for these latents, {lam_path} is missing'}")
-    rows = np.concatenate([z[s.rows(s.split("train"), gap)] for s, z in zip(sets, raw)])
-    scale = rows.mean(0), rows.std(0) + 1e-6
+    scale = (used := np.concatenate([z[s.rows(s.split("train"), gap)] for s, z in zip(sets, raw)])).mean(0), used.std(0) + 1e-6
     latents = [((z - scale[0]) / scale[1]).astype(np.float32) for z in raw]          # else adjacent latents are parallel and nothing is cut
     scale = [torch.from_numpy(x).float().to(device) for x in scale]
     widths = args.width * (len(args.chunk) + 1) if len(args.width) == 1 else args.width
@@ -327,8 +324,7 @@ def main():
         rng = step_rng(args.seed, step)
         batch = get_batch(sets, latents, gap, args.batch, args.window, rng, episodes)
         loss, means = losses(model, fdm if args.rec else None, batch, sets, args, scale, rng, device)
-        descend(loss, optimizer, step, args)
-        seen.append(means)
+        descend(loss, optimizer, step, args), seen.append(means)
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
             latent, rec, *fg = np.mean(seen[-args.log_every:], 0)
             shares = "  ".join(f"F{i // 2 + 1} {fg[i]:.3f} G{i // 2 + 1} {fg[i + 1]:.3f}" for i in range(0, len(fg), 2))
@@ -336,13 +332,17 @@ def main():
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             save_checkpoint(path, "skills", args, step + 1, model, optimizer, begin)
     boundaries, skills, predictions = zip(*[segment(model, s, z, gap, device) for s, z in zip(sets, latents)])
-    for dataset, b, s in zip(sets, boundaries, skills):
-        write(Path(args.out, f"boundaries.{dataset.name}.npy"), b)
-        [write(Path(args.out, f"skills{i + 1}.{dataset.name}.npy"), x) for i, x in enumerate(s)]
     errors, more = rollout(model, fdm, sets, latents, scale, device) if fdm else (None, [])
     figures = evaluate(fdm, sets, latents, boundaries, predictions, args, scale, gap, device) | dict(rollout_error=errors)
     figures |= score(sets, latents, boundaries, skills, gap) | dict(seconds=time.time() - begin)
     write(Path(args.out, "skills.json"), figures)
+    stage = model.stage
+    for rate in figures["chunk_rate"]:                                              # for policy.py --control uniform: as many skills, cut
+        stage.every, stage = round(1 / rate), stage.main                            # at equal distances
+    for dataset, z, b, s in zip(sets, latents, boundaries, skills):
+        arrays = {"skills": s, "uniform": segment(model, dataset, z, gap, device)[1]}.items()
+        arrays = {f"{key}{i + 1}": x for key, stages in arrays for i, x in enumerate(stages)} | dict(boundaries=b)
+        [write(Path(args.out, f"{key}.{dataset.name}.npy"), x) for key, x in arrays.items()]
     draw(Path(args.out, "skills.png"), sets, boundaries, more)
     print("  ".join(f"{k} {np.round(v, 3)}" for k, v in figures.items() if v is not None))
 

@@ -1,5 +1,5 @@
 """Tests: python -m pytest -q test_all.py. Speed of dynamic chunking: python test_all.py (needs h-net-dynamic-chunking==0.5.19)"""
-import argparse, contextlib, importlib.util, io, json, os, shutil, subprocess, sys, time, unittest.mock
+import argparse, contextlib, importlib.util, io, itertools, json, os, shutil, subprocess, sys, time, unittest.mock
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
@@ -44,7 +44,6 @@ def test_route(apart):
         expected = 1 if t == 0 else float(1 - torch.cosine_similarity(q[b, max(0, t - apart)], k[b, t], 0)) / 2
         fresh = mask[b, t] and not boundary[b, max(0, t - apart + 1):t].any()
         assert p[b, t].item() == pytest.approx(expected, abs=1e-5) and boundary[b, t] == (expected >= 0.5 and fresh)
-
 def test_chunk_and_dechunk_equal_the_loop():
     torch.manual_seed(0)
     h, p, weight, results = torch.randn(3, 40, 5), 0.95 * torch.rand(3, 40), torch.randn(3, 40, 5), []
@@ -61,13 +60,11 @@ def test_chunk_and_dechunk_equal_the_loop():
         (out := function(x := z.clone().requires_grad_(), q := p.clone().requires_grad_())).backward(weight)
         results.append((out, x.grad, q.grad))
     assert all(torch.allclose(ours, true, atol=1e-5) and true.abs().max() > 0.1 for ours, true in zip(*results))
-
 @pytest.mark.parametrize("marked, probability, n, expected", [(1, 0.25, 4, 1), (2, 0.5, 4, 4 / 3), (4, 1.0, 4, 4), (0, 0.0, 3, 1.5)])
 def test_ratio_loss(marked, probability, n, expected):
     boundary, p, mask = torch.arange(6)[None] < marked, torch.full((1, 6), probability), torch.arange(6)[None] < 4
     p[0, 4:] = 0.9                                                 # padding must not count
     assert [x.item() for x in skills.ratio_loss(boundary, p, mask, n)] == pytest.approx([expected, marked / 4, probability], rel=1e-5)
-
 @WIDTHS
 def test_hnet_is_causal_and_blind_to_padding(widths):
     model, z, mask = random_hnet(widths), torch.randn(3, 24, 5), torch.arange(24) < torch.tensor([[24], [15], [9]])
@@ -83,7 +80,6 @@ def test_hnet_is_causal_and_blind_to_padding(widths):
         after, others = model(longer[rows, :length], m := torch.nn.functional.pad(mask, (0, 9))[rows, :length])
         assert torch.allclose(before[rows][mask[rows]], after[m], atol=1e-4)
         assert all(torch.equal(a[rows][mask[rows]], b[m]) and not b[~m].any() for a, b in zip(marks, skills.frame_rate(others)[0]))
-
 @WIDTHS
 def test_skills_at_frame_rate_equal_the_loop(widths):
     dataset, model, gap = argparse.Namespace(start=np.array([0, 30]), length=np.array([30, 17]), total=47), random_hnet(widths), 3
@@ -105,7 +101,6 @@ def test_odd_latents_and_warped_pairs():
     sum_, (x, y) = (idm := lam.IDM(6, 32, 8, 8, True))(a, b) + idm(b, a), lam.warp(a, a, 0.4)      # half of z is odd: z(a, b) = -z(b, a)
     assert sum_[:, :4].abs().max() < 1e-5 < 0.1 < sum_[:, 4:].abs().max() and idm(a, a)[:, :4].abs().max() < 1e-5
     assert torch.equal(x, y) and (x - a).abs().mean() > 0.05 and torch.allclose(lam.warp(a, b, 1e-6)[1], b, atol=1e-3)
-
 def test_probes_tell_motion_from_layout(run):
     sets = [data.Packed(run / "data/toy" / name) for name in ("hand", "robot")]
     moved, placed = (lam.probe(sets, [np.array(s.truth(key)) for s in sets], 1) for key in ("motion", "layout"))
@@ -129,11 +124,9 @@ def test_pack_round_trip_and_targets(tmp_path):
     assert np.array_equal(mask, rows[:, None] + np.arange(4) < end[:, None])
     assert np.array_equal(target[mask], np.concatenate([packed.actions[r:min(r + 4, e)] for r, e in zip(rows, end)]))
     assert policy.l1(torch.where(mask[..., None], target + 0.5, 1e6), target, mask).item() == pytest.approx(0.5)
-
 def test_toy_depends_on_the_seed_alone(tmp_path):
     a, b, c = (data.pack_toy(tmp_path / name, 4, 1, seed=seed) or contents(tmp_path / name) for name, seed in zip("abc", (3, 3, 4)))
     assert a == b and all(a[key] != c[key] for key in ("hand/frames.bin", "robot/frames.bin", "robot/actions.bin"))
-
 def test_toy_demonstrations_replayed_succeed(run):
     packed, colours = data.Packed(run / "data/toy/robot"), list(data.BLOCKS) + list(data.TRAYS)
     for start, length, episode in zip(packed.start, packed.length, packed.episodes):
@@ -160,7 +153,6 @@ def write_libero(folder, demos=12, frames=5, **change):            # official sc
                       "obs/agentview_rgb": image(10 * i + j), "obs/eye_in_hand_rgb": image(255 - 10 * i - j)} | change
             [file.create_dataset(f"data/demo_{i}/{name}", data=array) for name, array in arrays.items() if array is not None]
     return path
-
 def test_libero_import(tmp_path):
     call(data, "libero", "--src", write_libero(tmp_path / "raw").parent, "--out", tmp_path / "set", "--size", 16)
     packed = data.Packed(tmp_path / "set")
@@ -172,7 +164,6 @@ def test_libero_import(tmp_path):
     call(data, "libero", "--src", tmp_path / "raw", "--out", tmp_path / "video", "--size", 32, "--actions", "none", "--demos", 11)
     assert (video := data.Packed(tmp_path / "video")).actions is None and video.proprio is None
     assert video.frames.shape == (44, 32, 32, 3) and (video.frames[43] == 103).all()
-
 def test_video_import(tmp_path):
     pytest.importorskip("av"), (tmp_path / "raw/201").mkdir(parents=True)
     grey = [Image.new("RGB", (40, 30), (50 * i,) * 3) for i in range(5)]
@@ -184,21 +175,37 @@ def test_video_import(tmp_path):
     assert [e["text"] for e in packed.episodes] == ["holding a pen", "pushing a cup"] and packed.actions is None
     assert np.abs(packed.frames[:, 8, 8, 0].astype(int) - 50 * np.tile(range(5), 2)).max() <= 3
 
-def test_what_the_stages_write(run):
-    out, reports = run / "out/toy", {p.stem: json.loads(p.read_text()) for p in (run / "out/toy").glob("*.json")}
-    assert all(set(reports["policy"][k]) == {"policy_pretrain_z2_z0", "policy_hilam_1", "policy_flat_1"} for k in ("losses", "seconds"))
-    assert set(reports["eval_toy_flat"]["per_task"]) == {"0", "3"} and reports["eval_toy_flat"]["episodes"] == 2
+def test_what_the_stages_write(run, out):
     for packed in (data.Packed(run / "data/toy" / name) for name in ("hand", "robot")):
         assert (packed.actions is None) == (packed.proprio is None) == (packed.name == "hand")
         arrays = {key: np.load(out / f"{key}.{packed.name}.npy") for key in ("latents", "skills1", "skills2", "boundaries")}
         assert all(len(a) == packed.total and np.isfinite(a).all() and a.std() > 0 for a in arrays.values())
         assert arrays["boundaries"].shape[1] == 2 and arrays["boundaries"][packed.start].all()
+        found, shuffled, constant, uniform = (policy.load_stage(packed, out, 1, control) for control in (None, *policy.CONTROLS))
+        cuts = [set(np.flatnonzero((np.diff(x, axis=0) != 0).any(1)) + 1) for x in (found, shuffled, constant, uniform)]
+        assert cuts[0] == cuts[1] and (found != shuffled).mean() > 0.5 and {*map(bytes, found)} == {*map(bytes, shuffled)} and not cuts[2]
+        assert all(len({*np.diff(sorted(cuts[3] & {*range(s, s + n)}))}) < 2 for s, n in zip(packed.start, packed.length))
     for name in ("lam.png", "skills.png", "policy.png", "eval_toy_hilam_task3_failure.gif", "eval_toy_flat_task0_failure.gif"):
         assert np.ptp(np.asarray(Image.open(out / name).convert("L"))) > 50
     old, new = (checkpoint(out / f"policy_{name}.pt")["model"] for name in ("pretrain_z2_z0", "hilam_1"))
     high, low = ([torch.equal(v, new[k]) for k, v in old.items() if k.startswith(level)] for level in ("high", "low"))
     assert len(high) > 10 and all(high) and np.mean(low) < 0.5     # in fine-tuning only the low level learns
-
+    for agent in (policy.load_agent(out, name, 1, "cpu") for name in ("hilam", "flat")):       # alone (traced) it acts as among others
+        act = lambda rows: agent.act(packed.frames[rows], None, packed.proprio[rows], [data.toy_text(data.TASKS[t]) for t in rows])
+        for several, *ones in zip(act(np.arange(8)), *(act(np.array([t])) for t in range(8))):
+            np.testing.assert_allclose(np.concatenate(ones), several, atol=1e-5)
+def test_sentences_read_by_a_t5(out, tmp_path):
+    transformers, tokenizers, text = pytest.importorskip("transformers"), pytest.importorskip("tokenizers"), data.toy_text(data.TASKS[0])
+    words, folder = {word: i for i, word in enumerate(dict.fromkeys(f"<unk> {text}".split()))}, str(tmp_path / "t5")
+    (tokenizer := tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))).pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    encoder = transformers.T5EncoderModel(transformers.T5Config(vocab_size=99, d_model=24, d_ff=16, num_layers=1, num_heads=2)).eval()
+    encoder.save_pretrained(folder)
+    states = encoder(torch.tensor([[words[word] for word in text.split()]])).last_hidden_state[0]
+    torch.testing.assert_close(policy.tokenize(text, folder), states.mean(0).detach())
+    [call(policy, "--out", out, *TINY[policy], "--variant", "flat_z0", "--text", folder) for _ in range(2)]    # the second finds all done
+    assert policy.load_agent(out, "flat_z0", 1, "cpu").text.words.in_features == 24
+    assert "no-t5" in error(policy, "--out", out, *TINY[policy], "--variant", "flat_z2", "--text", tmp_path / "no-t5")
 def test_three_stages_on_clips_shorter_than_the_gap(tmp_path):
     clips = [dict(frames=np.random.default_rng(0).integers(0, 256, (n, 16, 16, 3), np.uint8)) for n in (20, 14, 4, 6)]
     data.pack(tmp_path / "video", zip("abcd", "abcd", ["val", "train", "train", "train"], clips))
@@ -218,7 +225,6 @@ def test_interrupted_training_ends_in_the_same_weights(out, monkeypatch, module,
     call(module, *words)
     for a, b in ((checkpoint(out / f"{name}.pt"), whole[name]) for name in names):
         torch.testing.assert_close(*((c["model"], c["optimizer"]["state"]) for c in (a, b)), rtol=0, atol=0)
-
 def test_two_processes_equal_one_with_twice_the_batch(run, tmp_path):
     for name, start, batch in (("one", [], 8), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], 4)):
         for job in ([lam.__file__], [skills.__file__, "--rec=0"]):
@@ -226,7 +232,6 @@ def test_two_processes_equal_one_with_twice_the_batch(run, tmp_path):
     for stage in ("lam", "skills"):                                # Adam's means of the gradients: those of the whole batch
         one, two = ([s["exp_avg"] for s in checkpoint(p)["optimizer"]["state"].values()] for p in sorted(tmp_path.glob(f"*/{stage}.pt")))
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
-
 def test_interrupted_evaluation_goes_on(out):
     log, words = out / "eval_toy_flat.jsonl", ["--out", out, "--variant", "flat", *TINY[eval_libero]]
     first, second = log.read_text().splitlines()
@@ -236,7 +241,6 @@ def test_interrupted_evaluation_goes_on(out):
     assert text.startswith(changed) and second in text and report["success_rate"] == 0.5
     call(eval_libero, *words)
     assert log.read_text() == text                                 # now nothing was left to run
-
 def test_success_and_its_interval(out, monkeypatch):
     monkeypatch.setattr(data.ToyWorld, "success", lambda world: (world.goals == data.TASKS[3]).all(1))
     call(eval_libero, "--out", out, "--variant", "flat", *TINY[eval_libero], "--execute", 2)
@@ -261,7 +265,6 @@ def test_broken_run_folder(out, damage, module, says):
     _, before = damage(out), contents(out)
     assert says in error(module, "--out", out, *TINY[module], *["--variant", "flat"] * (module is eval_libero))
     assert contents(out) == before
-
 BAD_FILES = {                                                      # kind of import; how its source folder is made; what the error names
     "no folder": ("libero", lambda raw: None, "no such folder"),
     "truncated": ("libero", lambda raw: os.truncate(write_libero(raw), 9000), "stove_demo.hdf5"),
@@ -276,7 +279,6 @@ def test_bad_files(tmp_path, kind, make, says):
     make(tmp_path / "raw")
     assert says in error(data, kind, "--src", tmp_path / "raw", "--out", tmp_path / "set", "--size", 16)
     assert not (tmp_path / "set/episodes.json").exists()
-
 def test_bad_arguments(out, tmp_path, monkeypatch):
     assert "nowhere" in error(lam, "--out", out, "--data", tmp_path / "nowhere")
     assert "libero_object" in error(eval_libero, "--out", out, "--suite", "libero_kitchen")
@@ -286,7 +288,6 @@ def test_bad_arguments(out, tmp_path, monkeypatch):
     assert all("--device cuda" in error(module, "--out", out, *words, "--device", "cuda") for module, words in TINY.items())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install" in error(eval_libero, "--out", out, "--suite", "libero_object", *TINY[eval_libero])
-
 @pytest.mark.parametrize("execute", [1, 3, 4])
 def test_ensemble_equals_the_loop(execute):
     ensemble, chunks = eval_libero.Ensemble(), np.random.default_rng(0).standard_normal((7, 2, 4, 3))      # decisions, slots, chunk, A
@@ -301,9 +302,9 @@ ASSETS = [Path(p, "libero/assets/scenes") for s in [importlib.util.find_spec("li
 @pytest.mark.skipif(not any(p.exists() for p in ASSETS), reason="LIBERO or its assets are not installed")
 def test_libero_episodes(tmp_path, monkeypatch):
     monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path / "config"))
-    args, seen, act = policy.get_args(["--demos", "5"]), [], policy.Agent.act
-    agent = policy.Agent(dict(size=64, cameras=2, high_cameras=1, proprio=9, skill=8, target=7), args)
-    record = dict(stage="policy", args=vars(args), step=args.steps, shape=agent.shape, model=agent.state_dict())
+    args, seen, act = policy.get_args([]), [], policy.Agent.act
+    shape = dict(size=64, cameras=2, high_cameras=1, proprio=9, skill=8, target=7)
+    record = dict(stage="policy", args=vars(args), step=args.steps, shape=shape, model=policy.Agent(shape, args).state_dict())
     torch.save(record, tmp_path / "policy_hilam_5.pt")
     monkeypatch.setattr(policy.Agent, "act", lambda self, *observed: seen.append([*observed, act(self, *observed)]) or seen[-1][-1])
     call(eval_libero, "--suite", "libero_object", "--variant", "hilam", "--demos", 5, "--out", tmp_path, "--tasks", 0, "--episodes", 2,
@@ -337,7 +338,7 @@ def benchmark(runs=40):
     def theirs(x):
         (z, upsample, loss), seen = other(x, return_intermediates=True)
         return upsample(z), loss, int(seen.boundary_mask.sum())
-    for length, function in [(length, f) for length in (64, 256) for _ in range(runs) for f in (ours, theirs)]:
+    for length, _, function in itertools.product((64, 256), range(runs), (ours, theirs)):
         sign = 1 - 2 * ((torch.arange(length) // 6 + torch.arange(16)[:, None]) % 2)[..., None]      # at a boundary the vectors turn round
         x, gradient = (sign * torch.randn(16, 1, 256) + 0.3 * torch.randn(16, length, 256)).requires_grad_(), torch.randn(16, length, 256)
         begin = time.perf_counter()
@@ -346,5 +347,4 @@ def benchmark(runs=40):
         times.setdefault((length, function.__name__, chunks), []).append(1e3 * (time.perf_counter() - begin))
     for (length, name, chunks), milliseconds in times.items():
         print(f"B 16, T {length}, D 256, {chunks} chunks: {name} {np.median(milliseconds[5:]):.1f} ms")
-if __name__ == "__main__":
-    benchmark()
+__name__ == "__main__" and benchmark()
