@@ -40,9 +40,9 @@ def stage_parser(doc, steps):
 
 def setup(args):
     """Seed everything, make the run folder, return the torch.device. Exits when the GPU asked for is not there or a number is senseless."""
-    for key in set(vars(args)) - {"seed", "rec", "ratio", "settle", "tasks", "demos", "warp"}:
-        if any(type(v) in (int, float) and not v > 0 for v in np.atleast_1d(getattr(args, key)).tolist()):
-            fail(f"--{key.replace('_', '-')} {getattr(args, key)}: must be above zero")
+    for key, v in ((key, v) for key, value in vars(args).items() for v in np.atleast_1d(value).tolist()):
+        if type(v) in (int, float) and not (v > 0 or v == 0 and key in ("seed", "rec", "ratio", "settle", "tasks", "demos", "warp")):
+            fail(f"--{key.replace('_', '-')} {v}: too small a number")
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     name = args.device.replace("auto", (gpus[int(os.environ.get("LOCAL_RANK", 0)):] + ["cpu"])[0])
     name in ["cpu", *gpus, *["cuda"] * len(gpus)] or fail(f"--device {args.device}: no such device here; use --device cpu")
