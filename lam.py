@@ -87,7 +87,7 @@ def resume(path, stage, args, model, optimizer):
     if not Path(path).exists():
         return 0, time.time()
     record = load_checkpoint(path, stage, finished=False)
-    for key in sorted(set(vars(args)) - {"out", "device", "log_every", "save_every"}):       # those that change what is learned
+    for key in sorted(set(vars(args)) - {"out", "device", "log_every", "save_every", "suffix"}):       # those that change what is learned
         if record["args"].get(key) != vars(args)[key]:
             fail(f"{path} was trained with {key} {record['args'].get(key)}, not {vars(args)[key]}: choose another --out or delete it")
     load_weights(model, record, path)

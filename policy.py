@@ -13,7 +13,7 @@ skill token and without pretraining, on the same labelled data, with the same st
     python policy.py                          # toy world: hilam and flat on 10 % of the demonstrations, 8 minutes on two CPU cores
     python policy.py --variant flat --demos 5 --data data/libero_object --out out/libero_object --steps 4000
 
-Writes OUT/policy_pretrain_SKILL_ACTION.pt, OUT/policy_VARIANT_DEMOS.pt, OUT/policy.json and OUT/policy.png (true and predicted actions).
+Writes policy_pretrain_SKILL_ACTION.pt, policy_VARIANT_DEMOS.pt (with VIDEO and CONTROL in the name), policy.json and policy.png into OUT.
 """
 import argparse, collections, functools, itertools, json, time, warnings, zlib
 from pathlib import Path
@@ -42,9 +42,9 @@ def get_args(argv=None):
     add("--demos", type=amount, nargs="+", default=[0.1], help="labelled demonstrations a task: counts (5) or shares (0.1; 1.0 is all)")
     add("--pretrain-steps", type=int, default=2500, help="steps of pretraining; --steps counts fine-tuning (default: %(default)s)")
     add("--video", nargs="+", help="packed sets to pretrain on, of those in --data; their names become part of the run's (default: all)")
-    add("--control", choices=CONTROLS, help="spoil the skills: shuffled over segments, constant, or cut uniformly; joins the run's name")
+    add("--control", choices=CONTROLS, help="spoil the skills: shuffled, constant, or cut uniformly (not of flat*); joins the run's name")
     add = parser.add_argument_group("model and optimizer").add_argument
-    add("--text", metavar="T5", help="read sentences with a frozen T5: t5-small or a folder (default: a small encoder of words)")
+    add("--text", metavar="T5", help="a frozen T5 to read sentences, t5-small or a folder; not in the name (default: our encoder)")
     add("--chunk", type=int, default=10, help="actions predicted at once; 10 in BAKU (default: %(default)s)")
     add("--channels", type=int, default=32, help="channels of the image encoder's first layer, half of the next (default: %(default)s)")
     add("--width", type=int, default=128, help="token width; 256 in BAKU (default: %(default)s)")
@@ -70,11 +70,11 @@ def t5(name):
     """Tokenizer and encoder of a T5 (a name on the Hugging Face hub, or a folder), frozen. Exits where there is none."""
     try:
         from transformers import AutoTokenizer, T5EncoderModel
-        return AutoTokenizer.from_pretrained(name), T5EncoderModel.from_pretrained(name).eval()
-    except (ImportError, OSError, ValueError) as error:
-        fail(f"--text {name}: {str(error).strip().splitlines()[0]} (needs `pip install transformers` and a T5's name or folder)")
+        return AutoTokenizer.from_pretrained(name), T5EncoderModel.from_pretrained(name).float().eval()
+    except Exception as error:
+        fail(f"--text {name}: {' '.join(str(error).split())[:200]} (needs `pip install transformers` and a T5's name or folder)")
 
-@functools.lru_cache(100_000)
+@functools.cache
 def tokenize(text, name=None):
     """A sentence: its words, and words with their place, hashed into buckets, (64,) int64, 0 is padding; or the mean state of T5, (D,)."""
     if name:
@@ -246,7 +246,7 @@ def pretrain(args, sets, skill, action, device):
     """Both levels on pseudo-labels: pi_h predicts zbar^skill, pi_l (or a flat policy, skill None) a chunk of stage `action` vectors."""
     path = Path(args.out, f"policy_pretrain_{'z%d_' % skill if skill else ''}z{action}{args.suffix}.pt")
     video = [s for s in sets if s.name in (args.video or [s.name])]
-    len(video) == len(args.video or video) or fail(f"--video {' '.join(args.video)}: choose from {', '.join(s.name for s in sets)}")
+    len(video) == len({*(args.video or video)}) or fail(f"--video {' '.join(args.video)}: choose from {', '.join(s.name for s in sets)}")
     gap = load_checkpoint(Path(args.out, "lam.pt"), "lam")["args"]["gap"] if Path(args.out, "lam.pt").exists() else 0
     rows = [s.rows(s.split("train"), gap) for s in video]
     targets, *_ = standardise([load_stage(s, args.out, action) for s in video], rows)
@@ -293,7 +293,7 @@ def data_shape(sets):
 def load_agent(out, variant, demos, device):
     """The fine-tuned policy of a run folder, ready to act."""
     record = load_checkpoint(path := Path(out, f"policy_{variant}_{demos}.pt"), "policy")
-    load_weights(agent := Agent(record["shape"], argparse.Namespace(**record["args"])), record, path)
+    load_weights(agent := Agent(record["shape"], argparse.Namespace(**dict(text=None) | record["args"])), record, path)
     return agent.to(device).eval()
 
 def held_out(agents, sets, args):
@@ -334,10 +334,10 @@ def main():
             figures["losses"][name], figures["seconds"][name] = losses, seconds
         return write(report, figures) or agent
     for variant, demos in itertools.product(args.variant, args.demos):
-        pair, own = VARIANTS[variant], argparse.Namespace(**vars(args) | dict(variant=variant, demos=demos))
-        if pair[1] is None:                                                      # no video, and no skills from it
-            own.video = own.control = own.pretrain_steps = None
-        own.suffix = "".join(f"_{x}" for x in (*(own.video or []), own.control if pair[0] else None) if x)
+        control = None if None in (pair := VARIANTS[variant]) else args.control
+        unused = dict.fromkeys(("video", "pretrain_steps", "finetune_lr")) if pair[1] is None else {}
+        own = argparse.Namespace(**vars(args) | dict(variant=variant, demos=demos, control=control) | unused)
+        own.suffix = "".join(f"_{x}" for x in (*sorted({*(own.video or [])}), own.control) if x)
         if pair[1] is not None and pair not in pretrained:
             torch.manual_seed(args.seed)
             pretrained[pair] = note(*pretrain(own, sets, *pair, device))

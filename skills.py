@@ -336,9 +336,9 @@ def main():
     figures = evaluate(fdm, sets, latents, boundaries, predictions, args, scale, gap, device) | dict(rollout_error=errors)
     figures |= score(sets, latents, boundaries, skills, gap) | dict(seconds=time.time() - begin)
     write(Path(args.out, "skills.json"), figures)
-    stage = model.stage
-    for rate in figures["chunk_rate"]:                                              # for policy.py --control uniform: as many skills, cut
-        stage.every, stage = round(1 / rate), stage.main                            # at equal distances
+    stage, n = model.stage, np.maximum(1, np.concatenate([s.length for s in sets]) - gap)
+    for found in sum(b.sum(0) for b in boundaries):                                 # for policy.py --control uniform: about as many pieces
+        stage.every, stage, n = (x := min(range(1, 1 + n.max()), key=lambda x: abs(sum(-(-n // x)) - found))), stage.main, -(-n // x)
     for dataset, z, b, s in zip(sets, latents, boundaries, skills):
         arrays = {"skills": s, "uniform": segment(model, dataset, z, gap, device)[1]}.items()
         arrays = {f"{key}{i + 1}": x for key, stages in arrays for i, x in enumerate(stages)} | dict(boundaries=b)
