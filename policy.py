@@ -139,18 +139,18 @@ class Agent(nn.Module):
             self.register_buffer(f"{key}_{name}", fill(shape[key]))
 
     def skill(self, images, tokens):
-        """pi_h: the standardised skill (B, skill) that the text asks for in these images."""
-        return self.high(images[:, :self.shape["high_cameras"]], self.high_text(tokens))[:, 0]
+        """pi_h: the standardised skill (B, skill) that the text asks for in these images; None without a high level."""
+        return self.high and self.high(images[:, :self.shape["high_cameras"]], self.high_text(tokens))[:, 0]
 
     def forward(self, images, tokens, proprio=None, skill=None):
         """pi_l: normalised targets (B, chunk, target). skill (B, skill): pi_h's, computed here when it is not given."""
-        skill = self.skill(images, tokens) if self.high is not None and skill is None else skill
+        skill = self.skill(images, tokens) if skill is None else skill
         proprio = None if proprio is None else (proprio - self.proprio_mean) / self.proprio_scale
         return self.low(images, self.text(tokens) if self.low_text else None, skill, proprio)
 
     def decide(self, images, tokens, proprio):
         """Actions (B, chunk, A) and skill (B, D), D = 0 without a high level, both in true units."""
-        skill = self.skill(images, tokens) if self.high is not None else None
+        skill = self.skill(images, tokens)
         actions = self(images, tokens, proprio, skill).clamp(-1, 1) * self.target_scale + self.target_mean
         return actions, actions[:, 0, :0] if skill is None else skill * self.skill_scale + self.skill_mean
 
@@ -259,7 +259,7 @@ def pretrain(args, sets, skill, action, device):
     agent = Agent(shape, args).to(device)
     [buffer.copy_(value) for buffer, value in zip((agent.skill_mean, agent.skill_scale), units)]
     def objective(images, tokens, proprio, target, mask, label):                 # video has no proprio
-        told = agent.skill(images, tokens) if skill else None
+        told = agent.skill(images, tokens)
         terms = dict(skill=l1(told[:, None], label[:, None], torch.ones_like(mask[:, :1]))) if skill else {}
         return terms | dict(latent=l1(agent(images, tokens, None, told.detach() if skill else None), target, mask))
     return agent, path.stem, *train(agent, labels, own, path, "policy_pretrain", device, objective)

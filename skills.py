@@ -333,9 +333,6 @@ def main():
             save_checkpoint(path, "skills", args, step + 1, model, optimizer, begin)
     boundaries, skills, predictions = zip(*[segment(model, s, z, gap, device) for s, z in zip(sets, latents)])
     errors, more = rollout(model, fdm, sets, latents, scale, device) if fdm else (None, [])
-    figures = evaluate(fdm, sets, latents, boundaries, predictions, args, scale, gap, device) | dict(rollout_error=errors)
-    figures |= score(sets, latents, boundaries, skills, gap) | dict(seconds=time.time() - begin)
-    write(Path(args.out, "skills.json"), figures)
     stage, n = model.stage, np.maximum(1, np.concatenate([s.length for s in sets]) - gap)
     for found in sum(b.sum(0) for b in boundaries):                                 # for policy.py --control uniform: about as many pieces
         stage.every, stage, n = (x := min(range(1, 1 + n.max()), key=lambda x: abs(sum(-(-n // x)) - found))), stage.main, -(-n // x)
@@ -343,6 +340,9 @@ def main():
         arrays = {"skills": s, "uniform": segment(model, dataset, z, gap, device)[1]}.items()
         arrays = {f"{key}{i + 1}": x for key, stages in arrays for i, x in enumerate(stages)} | dict(boundaries=b)
         [write(Path(args.out, f"{key}.{dataset.name}.npy"), x) for key, x in arrays.items()]
+    figures = evaluate(fdm, sets, latents, boundaries, predictions, args, scale, gap, device) | dict(rollout_error=errors)
+    figures |= score(sets, latents, boundaries, skills, gap) | dict(seconds=time.time() - begin)
+    write(Path(args.out, "skills.json"), figures)
     draw(Path(args.out, "skills.png"), sets, boundaries, more)
     print("  ".join(f"{k} {np.round(v, 3)}" for k, v in figures.items() if v is not None))
 

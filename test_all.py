@@ -176,6 +176,9 @@ def test_video_import(tmp_path):
     assert np.abs(packed.frames[:, 8, 8, 0].astype(int) - 50 * np.tile(range(5), 2)).max() <= 3
 
 def test_what_the_stages_write(run, out):
+    reports = {p.stem: json.loads(p.read_text()) for p in out.glob("*.json")}
+    assert all(set(reports["policy"][k]) == {"policy_pretrain_z2_z0", "policy_hilam_1", "policy_flat_1"} for k in ("losses", "seconds"))
+    assert set(reports["eval_toy_flat"]["per_task"]) == {"0", "3"} and reports["eval_toy_flat"]["episodes"] == 2
     for packed in (data.Packed(run / "data/toy" / name) for name in ("hand", "robot")):
         assert (packed.actions is None) == (packed.proprio is None) == (packed.name == "hand")
         arrays = {key: np.load(out / f"{key}.{packed.name}.npy") for key in ("latents", "skills1", "skills2", "boundaries")}
@@ -198,9 +201,8 @@ def test_sentences_read_by_a_t5(out, tmp_path):
     transformers, tokenizers, text = pytest.importorskip("transformers"), pytest.importorskip("tokenizers"), data.toy_text(data.TASKS[0])
     words, folder = {word: i for i, word in enumerate(dict.fromkeys(f"<unk> {text}".split()))}, str(tmp_path / "t5")
     (tokenizer := tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))).pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
     encoder = transformers.T5EncoderModel(transformers.T5Config(vocab_size=99, d_model=24, d_ff=16, num_layers=1, num_heads=2)).eval()
-    encoder.save_pretrained(folder)
+    [x.save_pretrained(folder) for x in (transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"), encoder)]
     states = encoder(torch.tensor([[words[word] for word in text.split()]])).last_hidden_state[0]
     torch.testing.assert_close(policy.tokenize(text, folder), states.mean(0).detach())
     [call(policy, "--out", out, *TINY[policy], "--variant", "flat_z0", "--text", folder) for _ in range(2)]    # the second finds all done
@@ -301,9 +303,8 @@ def test_ensemble_equals_the_loop(execute):
 ASSETS = [Path(p, "libero/assets/scenes") for s in [importlib.util.find_spec("libero")] if s for p in s.submodule_search_locations]
 @pytest.mark.skipif(not any(p.exists() for p in ASSETS), reason="LIBERO or its assets are not installed")
 def test_libero_episodes(tmp_path, monkeypatch):
-    monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path / "config"))
-    args, seen, act = policy.get_args([]), [], policy.Agent.act
-    shape = dict(size=64, cameras=2, high_cameras=1, proprio=9, skill=8, target=7)
+    seen, act, _ = [], policy.Agent.act, monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path / "config"))
+    args, shape = policy.get_args([]), dict(size=64, cameras=2, high_cameras=1, proprio=9, skill=8, target=7)
     record = dict(stage="policy", args=vars(args), step=args.steps, shape=shape, model=policy.Agent(shape, args).state_dict())
     torch.save(record, tmp_path / "policy_hilam_5.pt")
     monkeypatch.setattr(policy.Agent, "act", lambda self, *observed: seen.append([*observed, act(self, *observed)]) or seen[-1][-1])
@@ -341,8 +342,7 @@ def benchmark(runs=40):
     for length, _, function in itertools.product((64, 256), range(runs), (ours, theirs)):
         sign = 1 - 2 * ((torch.arange(length) // 6 + torch.arange(16)[:, None]) % 2)[..., None]      # at a boundary the vectors turn round
         x, gradient = (sign * torch.randn(16, 1, 256) + 0.3 * torch.randn(16, length, 256)).requires_grad_(), torch.randn(16, length, 256)
-        begin = time.perf_counter()
-        out, loss, chunks = function(x)
+        begin, (out, loss, chunks) = time.perf_counter(), function(x)
         torch.autograd.backward([out, loss], [gradient, None])
         times.setdefault((length, function.__name__, chunks), []).append(1e3 * (time.perf_counter() - begin))
     for (length, name, chunks), milliseconds in times.items():
