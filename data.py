@@ -77,7 +77,6 @@ class Packed:
             fail(f"{path}: no packed dataset (no readable episodes.json); data.py makes one, see `python data.py --help`")
         self.total = int(self.length.sum())
         self.frames, self.wrist, self.proprio, self.actions = map(self.open, ("frames", "wrist", "proprio", "actions"))
-
     def open(self, key):
         if key not in self.arrays:
             return None
@@ -86,16 +85,23 @@ class Packed:
         if not file.exists() or file.stat().st_size != need:
             fail(f"{file}: {file.stat().st_size if file.exists() else 0} bytes, but {self.total} frames by episodes.json need {need}")
         return np.memmap(file, dtype, "r", shape=(self.total,) + shape)
-
     def truth(self, key):                                                      # phase, motion, layout: for reports, never for training
         return self.open(f"truth_{key}")
-
     def split(self, name):                                                     # where no episode is held out, val is all of them
         return np.array([i for i, e in enumerate(self.episodes) if e["split"] == name] or range(len(self.episodes)))
-
     def rows(self, episodes, gap=0):
         """Flat rows t of these episodes for which t + gap lies in the same episode."""
         return np.concatenate([np.arange(s, s + max(0, n - gap)) for s, n in zip(self.start[episodes], self.length[episodes])])
+    def chosen(self, demos):
+        """Training episodes to use: the first `demos` of every task, or that share of them when it is a float (at least one)."""
+        tasks, e = np.array([e["task"] for e in self.episodes]), self.split("train")
+        groups = [e[tasks[e] == task] for task in np.unique(tasks[e])]
+        return np.sort(np.concatenate([x[:max(1, round(demos * len(x))) if isinstance(demos, float) else demos] for x in groups]))
+
+def standardise(arrays, rows):
+    """Arrays of several sets, jointly standardised over the given rows of each; their mean and their standard deviation."""
+    mean, scale = (used := np.concatenate([a[r] for a, r in zip(arrays, rows)])).mean(0), used.std(0) + 1e-6
+    return [((a - mean) / scale).astype(np.float32) for a in arrays], torch.from_numpy(mean), torch.from_numpy(scale)
 
 def open_sets(paths):
     """Packed datasets, checked to fit each other. The toy world is packed when its two default folders are asked for and missing."""
@@ -153,7 +159,6 @@ class ToyWorld:
     Action (B, 3) in [-1, 1]: dx, dy, grip (> 0 closes, as in LIBERO). Fingers take three frames to close or open."""
     def __init__(self, look="robot", size=32):
         self.look, self.size = look, size
-
     def reset(self, goals, seeds):
         """goals: B goals; seeds: B seeds, each deciding a layout: every object near its region, as in LIBERO, and clear of the others."""
         n, tray = len(goals), np.arange(6) > 3                                 # objects: 4 blocks, then 2 trays
@@ -166,7 +171,6 @@ class ToyWorld:
                 self.objects[i] = REGIONS + rng.uniform(-0.12, 0.12, (6, 2))
             self.hand[i] = rng.uniform(0.1, 0.9, 2)
         return self
-
     def step(self, actions):
         """Advance one frame; returns success (B,) bool."""
         actions, rows, before = np.clip(actions, -1, 1), np.arange(len(self.held)), self.hand
@@ -179,13 +183,11 @@ class ToyWorld:
         carry = self.held >= 0
         self.objects[rows[carry], self.held[carry]] += (self.hand - before)[carry]
         return self.success()
-
     def success(self):
         """Both blocks lie on their trays and neither is held: (B,) bool."""
         rows, (a, s, b, t) = np.arange(len(self.held)), self.goals.T
         on = [np.abs(self.objects[rows, block] - self.objects[rows, 4 + tray]).max(-1) < TRAY_HALF for block, tray in ((a, s), (b, t))]
         return on[0] & on[1] & (self.held < 0)
-
     def proprio(self):                                                         # (B, 3): x, y, opening
         return np.concatenate([self.hand, self.opening[:, None]], 1).astype(np.float32)
     def frames(self, rows=slice(None)):                                        # (B, size, size, 3) uint8, of these tables only
@@ -196,10 +198,8 @@ def toy_render(hand, opening, objects, held, look, size):
     grid = (np.arange(size, dtype=np.float32) + 0.5) / size
     image = np.empty((len(hand), 3, size, size), np.float32)
     image[:] = np.reshape((0.73, 0.75, 0.78), (3, 1, 1))
-
     def paint(mask, colour):                                                   # mask (B, size, size)
         image[:] += mask.astype(np.float32)[:, None] * (np.reshape(colour, (3, 1, 1)).astype(np.float32) - image)
-
     def box(x, y, w, h):
         cover = lambda at, half: np.clip(0.5 + (np.reshape(half, (-1, 1)) - abs(grid - at[:, None])) * size, 0, 1)     # (B, size)
         return cover(y, h)[:, :, None] * cover(x, w)[:, None, :]

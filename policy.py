@@ -23,15 +23,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from scipy.spatial.distance import cdist
+from sklearn.kernel_ridge import KernelRidge
 from tqdm import tqdm
-from data import RANK, WORLD, fail, fingerprint, load_checkpoint, load_weights, open_sets, write
+from data import RANK, WORLD, fail, fingerprint, load_checkpoint, load_weights, open_sets, standardise, write
 from lam import Block, ConvBlock, descend, pooled, resume, save_checkpoint, setup, stage_parser, step_rng
 from skills import load_latents
 
-# variant: (stage of the skill that the high level predicts, stage of the vectors on which the acting level is pretrained); None: not there.
-# The rows of the paper's Table 1; stage 0 is the latent action itself.
-VARIANTS = {"hilam": (2, 0), "hilam_z1_z0": (1, 0), "hilam_z2_z1": (2, 1), "hilam_scratch": (2, None),
-            "flat": (None, None), "flat_z0": (None, 0), "flat_z2": (None, 2)}
+# variant: (stage of the skill that pi_h predicts, stage of the vectors that pi_l is pretrained on; 0 is the latent action); None: not there.
+# The rows of the paper's Table 1; and _decoded, fine-tuned on the video too, with actions that decoded() reads from its latents.
+VARIANTS = {"hilam": (2, 0), "hilam_z1_z0": (1, 0), "hilam_z2_z1": (2, 1), "hilam_scratch": (2, None), "hilam_decoded": (2, 0),
+            "flat": (None, None), "flat_z0": (None, 0), "flat_z2": (None, 2), "flat_z0_decoded": (None, 0)}
 warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
 CONTROLS, WORDS, LONGEST = ("shuffled", "constant", "uniform"), 4096, 32     # buckets words are hashed into; most words of a sentence
 
@@ -50,6 +51,7 @@ def get_args(argv=None):
     add("--width", type=int, default=128, help="token width; 256 in BAKU (default: %(default)s)")
     add("--layers", type=int, default=2, help="transformer blocks; 8 in BAKU (default: %(default)s)")
     add("--no-low-text", dest="low_text", action="store_false", help="tell the low level the skill only, not the text as well")
+    add("--noise", type=float, default=0.0, help="noise on proprio in training, in its deviations: 0.2 for LIBERO (default: 0)")
     add("--batch", type=int, default=64, help="frames a step, shared equally by the sets (default: %(default)s)")
     add("--bf16", action="store_true", help="compute in bfloat16 where it is safe (autocast): for GPUs")
     add("--compile", action="store_true", help="torch.compile the networks: a minute at the start, faster steps after it on GPUs")
@@ -93,10 +95,11 @@ class Policy(nn.Module):
     images (B, cameras, 3, S, S), text (B, W) or None, skill (B, skill) or None, proprio (B, P) or None -> (B, chunk, out)."""
     def __init__(self, size, cameras, proprio, text, skill, out, chunk, args):
         super().__init__()
-        w, c, self.patch, self.chunk, self.cameras = args.width, args.channels, size // 16, chunk, cameras
+        w, c, stride, self.chunk, self.cameras = args.width, args.channels, 1 + (size > 32), chunk, cameras
+        self.patch, self.grid = size // 16 // stride, 16 * stride     # finer patches where the image has more to see
         token = lambda n: nn.Sequential(nn.Linear(n, w), nn.LayerNorm(w), nn.SiLU(), nn.Linear(w, w), nn.LayerNorm(w)) if n else None
         self.text, self.skill = token(text), token(skill)
-        self.conv = nn.ModuleList([ConvBlock(3 * self.patch ** 2 + 2, c, 1, w), ConvBlock(c, 2 * c, 2, w), ConvBlock(2 * c, 2 * c, 1, w)])
+        self.conv = nn.ModuleList([ConvBlock(3 * self.patch ** 2 + 2, c, stride, w), ConvBlock(c, 2 * c, 2, w), ConvBlock(2 * c, 2 * c, 1, w)])
         self.fine = ConvBlock(2 * c, 16, 1, w)                     # 8 x 8 x 16, kept whole: fine differences of place
         self.look, self.select, self.image = nn.Linear(10 * c + 16 * 64, 2 * w), nn.Linear(w, 4 * w), nn.Linear(2 * w, w)
         self.proprio = nn.Sequential(nn.Linear(max(1, proprio), w), nn.SiLU(), nn.Linear(w, w))
@@ -104,13 +107,12 @@ class Policy(nn.Module):
         self.action, tokens = nn.Parameter(0.02 * torch.randn(w)), cameras + 2 + (text > 0) + (skill > 0)
         self.kind = nn.Parameter(0.02 * torch.randn(tokens, w))
         self.blocks, self.norm, self.head = nn.Sequential(*[Block(w) for _ in range(args.layers)]), nn.RMSNorm(w), nn.Linear(w, chunk * out)
-
     def forward(self, images, text=None, skill=None, proprio=None):
         b, cameras, *_ = images.shape
         told = [net(x) for net, x in ((self.text, text), (self.skill, skill)) if net is not None]             # (B, W) each
         each = told[0].repeat_interleave(cameras, 0)                               # one encoder for all cameras, as in BAKU
-        x = F.pixel_unshuffle(images.flatten(0, 1) - 0.5, self.patch)              # (B * cameras, ., 16, 16)
-        place, seen = torch.linspace(-1, 1, 16, device=x.device).expand(x.shape[0], 1, 16, 16), []
+        x = F.pixel_unshuffle(images.flatten(0, 1) - 0.5, self.patch)              # (B * cameras, ., grid, grid)
+        place, seen = torch.linspace(-1, 1, self.grid, device=x.device).expand(x.shape[0], 1, self.grid, self.grid), []
         x = torch.cat([x, place, place.transpose(2, 3)], 1)
         for block in self.conv:                                                    # spatial softmax (Levine et al. 2016) of every layer:
             x = block(x, each)                                                     # where each channel looks, sharpened
@@ -131,29 +133,27 @@ class Agent(nn.Module):
         super().__init__()
         w, self.shape, self.low_text, self.t5, self.traced = args.width, shape, args.low_text or not shape["skill"], args.text, {}
         make = lambda cameras, *rest: Policy(shape["size"], cameras, shape["proprio"], *rest, args)
-        self.high_text = text_encoder(w, self.t5) if shape["skill"] else None
+        self.high_text, self.noise = text_encoder(w, self.t5) if shape["skill"] else None, args.noise
         self.high = make(shape["high_cameras"], w, 0, shape["skill"], 1) if shape["skill"] else None
         self.text = text_encoder(w, self.t5) if self.low_text else None
         self.low = make(shape["cameras"], w * self.low_text, shape["skill"], shape["target"], args.chunk)
         for key, (name, fill) in itertools.product(("proprio", "target", "skill"), dict(mean=torch.zeros, scale=torch.ones).items()):
             self.register_buffer(f"{key}_{name}", fill(shape[key]))
-
     def skill(self, images, tokens):
         """pi_h: the standardised skill (B, skill) that the text asks for in these images; None without a high level."""
         return self.high and self.high(images[:, :self.shape["high_cameras"]], self.high_text(tokens))[:, 0]
-
     def forward(self, images, tokens, proprio=None, skill=None):
         """pi_l: normalised targets (B, chunk, target). skill (B, skill): pi_h's, computed here when it is not given."""
         skill = self.skill(images, tokens) if skill is None else skill
-        proprio = None if proprio is None else (proprio - self.proprio_mean) / self.proprio_scale
+        if proprio is not None:
+            noise = self.noise * torch.randn_like(proprio) if self.training and self.noise else 0
+            proprio = (proprio - self.proprio_mean) / self.proprio_scale + noise
         return self.low(images, self.text(tokens) if self.low_text else None, skill, proprio)
-
     def decide(self, images, tokens, proprio):
         """Actions (B, chunk, A) and skill (B, D), D = 0 without a high level, both in true units."""
         skill = self.skill(images, tokens)
         actions = self(images, tokens, proprio, skill).clamp(-1, 1) * self.target_scale + self.target_mean
         return actions, actions[:, 0, :0] if skill is None else skill * self.skill_scale + self.skill_mean
-
     @torch.no_grad()
     def act(self, frames, wrist, proprio, texts):
         """Observations of B environments, frames and wrist (B, S, S, 3) uint8 -> what decide() gives, as numpy arrays."""
@@ -173,7 +173,6 @@ class Labels:
         self.rows, self.episode = dataset.rows(episodes, gap), np.repeat(np.arange(len(dataset.start)), dataset.length)
         self.last = dataset.start + dataset.length - 1 - gap                      # of each episode, the last row that has a target
         self.tokens = torch.stack([tokenize(e["text"], t5) for e in dataset.episodes])
-
     def batch(self, rows, chunk, cameras, device):
         """images, tokens, proprio (or None), target (B, chunk, D), mask (B, chunk) False past the episode's end, skill (or None)."""
         d, t = self.dataset, rows[:, None] + np.arange(chunk)
@@ -192,11 +191,6 @@ def augment(images):
     gain, offset = 0.8 + 0.4 * torch.rand(2, b, 1, 1, 1, 1, device=x.device)
     return ((x.permute(0, 3, 1, 2).view(b, n, c, s, s) - 0.5) * gain + 0.5 * offset).clamp(0, 1)
 
-def standardise(arrays, rows):
-    """Arrays of several sets, jointly standardised over the given rows of each; their mean and their standard deviation."""
-    mean, scale = (used := np.concatenate([a[r] for a, r in zip(arrays, rows)])).mean(0), used.std(0) + 1e-6
-    return [((a - mean) / scale).astype(np.float32) for a in arrays], torch.from_numpy(mean), torch.from_numpy(scale)
-
 def load_stage(dataset, out, stage, control=None):
     """Vectors of a stage at frame rate, (T, D): 0 the latent actions, 1 and up the skills of stage 2, or what --control makes of them."""
     if stage == 0:
@@ -208,12 +202,6 @@ def load_stage(dataset, out, stage, control=None):
         values, which = np.unique(vectors, axis=0, return_inverse=True)
         return np.random.default_rng(0).permutation(values)[which.ravel()]
     return 0 * vectors if control == "constant" else vectors
-
-def chosen_demos(dataset, demos):
-    """Training episodes to use: the first `demos` of every task, or that share of them when it is a float (at least one)."""
-    tasks, e = np.array([e["task"] for e in dataset.episodes]), dataset.split("train")
-    groups = [e[tasks[e] == task] for task in np.unique(tasks[e])]
-    return np.sort(np.concatenate([x[:max(1, round(demos * len(x))) if isinstance(demos, float) else demos] for x in groups]))
 
 # ---------------------------------------------------------------- training
 def l1(prediction, target, mask):
@@ -247,11 +235,10 @@ def pretrain(args, sets, skill, action, device):
     path = Path(args.out, f"policy_pretrain_{'z%d_' % skill if skill else ''}z{action}{args.suffix}.pt")
     video = [s for s in sets if s.name in (args.video or [s.name])]
     len(video) == len({*(args.video or video)}) or fail(f"--video {' '.join(args.video)}: choose from {', '.join(s.name for s in sets)}")
-    gap = load_checkpoint(Path(args.out, "lam.pt"), "lam")["args"]["gap"] if Path(args.out, "lam.pt").exists() else 0
-    rows = [s.rows(s.split("train"), gap) for s in video]
+    rows = [s.rows(s.split("train"), args.gap) for s in video]
     targets, *_ = standardise([load_stage(s, args.out, action) for s in video], rows)
     skills, *units = standardise([load_stage(s, args.out, skill, args.control) for s in video], rows) if skill else ([None] * len(video),)
-    labels = [Labels(s, s.split("train"), t, k, gap, args.text) for s, t, k in zip(video, targets, skills)]
+    labels = [Labels(s, s.split("train"), t, k, args.gap, args.text) for s, t, k in zip(video, targets, skills)]
     shape = data_shape(sets) | dict(target=targets[0].shape[1], skill=skills[0].shape[1] if skill else 0)
     shape["high_cameras"] = 1 + all(s.wrist is not None for s in video)
     own = argparse.Namespace(**vars(args) | dict(variant=None, demos=None, finetune_lr=None, steps=args.pretrain_steps,
@@ -267,23 +254,36 @@ def pretrain(args, sets, skill, action, device):
 def finetune(args, sets, pretrained, device):
     """The acting level on labelled demonstrations. The high level stays as pretraining left it; without pretraining it is trained along."""
     labelled = [s for s in sets if s.actions is not None] or fail("none of the packed sets has actions: nothing to fine-tune on")
-    episodes, name = [chosen_demos(s, args.demos) for s in labelled], f"policy_{args.variant}{args.suffix}_{args.demos}"
+    episodes, name = [s.chosen(args.demos) for s in labelled], f"policy_{args.variant}{args.suffix}_{args.demos}"
     all(np.isfinite(s.actions).all() for s in labelled) or fail(f"NaN or infinity in the actions of {', '.join(s.name for s in labelled)}")
     used = [np.concatenate([getattr(s, key)[s.rows(e)] for s, e in zip(labelled, episodes)]) for key in ("proprio", "actions")]
     mean, scale = (used[1].min(0) + used[1].max(0)) / 2, np.maximum(np.ptp(used[1], 0) / 2, 1e-3)        # actions in [-1, 1]
     labels = [Labels(s, e, ((s.actions - mean) / scale).astype(np.float32), t5=args.text) for s, e in zip(labelled, episodes)]
+    labels += decoded(args, sets, labels) if args.variant.endswith("decoded") else []
     shape = dict(pretrained.shape if pretrained else data_shape(sets) | dict(skill=64 * bool(VARIANTS[args.variant][0])), target=len(mean))
     torch.manual_seed(args.seed)
     agent = Agent(shape, args).to(device)
-    if pretrained:                                                               # all but the head and what normalises its output
-        agent.load_state_dict({k: v for k, v in pretrained.state_dict().items() if not k.startswith(("low.head", "target"))}, strict=False)
-        [module.requires_grad_(False) for module in (agent.high, agent.high_text) if module is not None]
-    for key, value in dict(proprio_mean=used[0].mean(0), proprio_scale=used[0].std(0) + 1e-3, target_mean=mean, target_scale=scale).items():
-        getattr(agent, key).copy_(torch.from_numpy(value))
+    kept = {k: v for k, v in (pretrained.state_dict() if pretrained else {}).items() if not k.startswith(("low.head", "target"))}
+    units = dict(proprio_mean=used[0].mean(0), proprio_scale=used[0].std(0) + 1e-3, target_mean=mean, target_scale=scale)
+    agent.load_state_dict(kept | {k: torch.from_numpy(v) for k, v in units.items()}, strict=False)       # the head begins anew
+    [module.requires_grad_(False) for module in (agent.high, agent.high_text) if pretrained and module is not None]
     old = [p.detach().cpu().numpy().ravel() for p in pretrained.parameters()] if pretrained else []
     own = argparse.Namespace(**vars(args) | dict(lr=args.finetune_lr if pretrained else args.lr, data_checksum=fingerprint(*used, *old)))
     objective = lambda images, tokens, proprio, target, mask, _: dict(action=l1(agent(images, tokens, proprio), target, mask))
     return agent, name, *train(agent, labels, own, Path(args.out, f"{name}.pt"), "policy", device, objective)
+
+def decoded(args, sets, labels):
+    """The video as Labels with actions that kernel ridge regression, fitted on the demonstrations in labels, reads from latents k before to
+    k after. (VPT, Baker et al. 2022, labels video with an IDM trained on actions; here the IDM saw none, only its reading does.)"""
+    latents, around = standardise([load_stage(s, args.out, 0) for s in sets], [s.rows(s.split("train"), args.gap) for s in sets])[0], {}
+    for s, z in zip(sets, latents):                                              # around (T, 5 D); an episode's ends repeat
+        first, last = (np.repeat(x, s.length)[:, None] for x in (s.start, s.start + np.maximum(s.length - 1 - args.gap, 0)))
+        around[s.name] = z[np.clip(np.arange(s.total)[:, None] + np.arange(-2, 3) * args.gap // 2, first, last)].reshape(s.total, -1)
+    x, y = (np.concatenate(c) for c in zip(*[(around[part.dataset.name][part.rows], part.target[part.rows]) for part in labels]))
+    pick = np.random.default_rng(args.seed).permutation(len(x))[:10_000]         # time is cubic in their number
+    model = KernelRidge(kernel="rbf", gamma=1 / x.shape[1], alpha=0.03).fit(x[pick], y[pick])
+    read = lambda x: np.concatenate([model.predict(part) for part in np.array_split(x, 1 + len(x) // 4096)]).clip(-1, 1).astype(np.float32)
+    return [Labels(s, s.split("train"), read(around[s.name]), t5=args.text) for s in sets if s.name in (args.video or [s.name])]
 
 def data_shape(sets):
     """What the models must know of the data: frame size, cameras, width of proprio."""
@@ -293,7 +293,7 @@ def data_shape(sets):
 def load_agent(out, variant, demos, device):
     """The fine-tuned policy of a run folder, ready to act."""
     record = load_checkpoint(path := Path(out, f"policy_{variant}_{demos}.pt"), "policy")
-    load_weights(agent := Agent(record["shape"], argparse.Namespace(**dict(text=None) | record["args"])), record, path)
+    load_weights(agent := Agent(record["shape"], argparse.Namespace(**dict(text=None, noise=0) | record["args"])), record, path)
     return agent.to(device).eval()
 
 def held_out(agents, sets, args):
@@ -307,8 +307,8 @@ def held_out(agents, sets, args):
         wrong, known, skills = np.zeros(2), [], load_stage(dataset, args.out, levels[name], args.control) if name in levels else None
         for e in dataset.split("val")[:20]:
             rows = dataset.rows([e])
-            wrist, true = None if dataset.wrist is None else dataset.wrist[rows], dataset.actions[rows]
-            out, skill = agent.act(dataset.frames[rows], wrist, dataset.proprio[rows], [dataset.episodes[e]["text"]] * len(rows))
+            seen = (None if array is None else array[rows] for array in (dataset.frames, dataset.wrist, dataset.proprio))
+            (out, skill), true = agent.act(*seen, [dataset.episodes[e]["text"]] * len(rows)), dataset.actions[rows]
             wrong += np.abs(out[:, 0] - true).sum(), np.abs(true - true.mean(0)).sum()
             [axes[d].plot(out[:, 0, d], label=name) for d in range(width) if e == first]
             if name in levels:                                                   # number the episode's skills in order of time
@@ -330,12 +330,12 @@ def main():
     device, sets, pretrained, agents, report = setup(args), open_sets(args.data), {}, {}, Path(args.out, "policy.json")
     figures = json.loads(report.read_text()) if report.exists() else dict(losses={}, seconds={}, held_out={})
     def note(agent, name, losses, seconds):                                      # losses are empty when nothing was left to train
-        if losses:
-            figures["losses"][name], figures["seconds"][name] = losses, seconds
+        losses and [figures[key].update({name: value}) for key, value in (("losses", losses), ("seconds", seconds))]
         return write(report, figures) or agent
+    args.gap = load_checkpoint(lam, "lam")["args"]["gap"] if (lam := Path(args.out, "lam.pt")).exists() else 0
     for variant, demos in itertools.product(args.variant, args.demos):
         control = None if None in (pair := VARIANTS[variant]) else args.control
-        unused = dict.fromkeys(("video", "pretrain_steps", "finetune_lr")) if pair[1] is None else {}
+        unused = dict.fromkeys(("video", "pretrain_steps", "finetune_lr", "gap")) if pair[1] is None else {}
         own = argparse.Namespace(**vars(args) | dict(variant=variant, demos=demos, control=control) | unused)
         own.suffix = "".join(f"_{x}" for x in (*sorted({*(own.video or [])}), own.control) if x)
         if pair[1] is not None and pair not in pretrained:

@@ -29,7 +29,7 @@ from scipy.sparse import csgraph, csr_matrix
 from tqdm import tqdm
 from sklearn import cluster, metrics
 import lam
-from data import RANK, WORLD, fail, fingerprint, load_checkpoint, load_weights, open_sets, write
+from data import RANK, WORLD, fail, fingerprint, load_checkpoint, load_weights, open_sets, standardise, write
 from lam import Block, descend, draw_strip, pooled, resume, save_checkpoint, setup, stage_parser, step_rng, upright
 
 def get_args(argv=None):
@@ -310,9 +310,8 @@ def main():
         fdm, gap = model.fdm.to(device).requires_grad_(False), record["args"]["gap"]
         fdm.wrist, fdm.gap = record["args"]["wrist"], gap
     fdm and args.rec or print(f"the reconstruction loss is off: {'--rec 0' if fdm else f'no FDM for these latents, {lam_path} is missing'}")
-    scale = (used := np.concatenate([z[s.rows(s.split("train"), gap)] for s, z in zip(sets, raw)])).mean(0), used.std(0) + 1e-6
-    latents = [((z - scale[0]) / scale[1]).astype(np.float32) for z in raw]          # else adjacent latents are parallel and nothing is cut
-    scale = [torch.from_numpy(x).float().to(device) for x in scale]
+    latents, *scale = standardise(raw, [s.rows(s.split("train"), gap) for s in sets])       # else adjacent latents are parallel: no cuts
+    scale = [x.float().to(device) for x in scale]
     widths = args.width * (len(args.chunk) + 1) if len(args.width) == 1 else args.width
     model = HNet(raw[0].shape[1], widths, len(args.chunk), args.layers, gap).to(device)
     slow = lambda name: any(part in name for part in ("embed", "encoder", ".k."))    # k stays near the latents; q, free to learn, foretells
