@@ -51,7 +51,7 @@ def get_args(argv=None):
     add("--width", type=int, default=128, help="token width; 256 in BAKU (default: %(default)s)")
     add("--layers", type=int, default=2, help="transformer blocks; 8 in BAKU (default: %(default)s)")
     add("--no-low-text", dest="low_text", action="store_false", help="tell the low level the skill only, not the text as well")
-    add("--noise", type=float, default=0.0, help="noise on proprio in training, in its deviations: 0.2 for LIBERO (default: 0)")
+    add("--noise", type=float, default=0.0, help="noise on proprio in training, in its standard deviations (default: %(default)s)")
     add("--batch", type=int, default=64, help="frames a step, shared equally by the sets (default: %(default)s)")
     add("--bf16", action="store_true", help="compute in bfloat16 where it is safe (autocast): for GPUs")
     add("--compile", action="store_true", help="torch.compile the networks: a minute at the start, faster steps after it on GPUs")
@@ -308,7 +308,7 @@ def held_out(agents, sets, args):
         for e in dataset.split("val")[:20]:
             rows = dataset.rows([e])
             seen = (None if array is None else array[rows] for array in (dataset.frames, dataset.wrist, dataset.proprio))
-            (out, skill), true = agent.act(*seen, [dataset.episodes[e]["text"]] * len(rows)), dataset.actions[rows]
+            (out, skill), true = agent.eval().act(*seen, [dataset.episodes[e]["text"]] * len(rows)), dataset.actions[rows]
             wrong += np.abs(out[:, 0] - true).sum(), np.abs(true - true.mean(0)).sum()
             [axes[d].plot(out[:, 0, d], label=name) for d in range(width) if e == first]
             if name in levels:                                                   # number the episode's skills in order of time
