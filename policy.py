@@ -7,8 +7,8 @@ Stage 3, the hierarchical policy: from frames and a sentence to a skill, and fro
     fine-tune, on --demos labelled demonstrations: pi_h is FROZEN, pi_l's head is replaced and trained on real actions
 
 Both have BAKU's architecture (NeurIPS 2024), smaller: an image encoder with FiLM by the text, one token each for text, cameras, proprio,
-skill and ACTION, a causal transformer, read at the ACTION token; actions come in chunks. The flat baseline is the same network without the
-skill token and without pretraining, on the same labelled data, with the same steps, batch and augmentation.
+skill and ACTION, a causal transformer read at ACTION (--layers 0: an MLP over all tokens); actions come in chunks. The flat baseline is the
+same network without skill token and pretraining, on the same labelled data, with the same steps, batch and augmentation.
 
     python policy.py                          # toy world: hilam and flat on 10 % of the demonstrations, 8 minutes on two CPU cores
     python policy.py --variant flat --demos 5 --data data/libero_object --out out/libero_object --steps 4000
@@ -49,7 +49,7 @@ def get_args(argv=None):
     add("--chunk", type=int, default=10, help="actions predicted at once; 10 in BAKU (default: %(default)s)")
     add("--channels", type=int, default=32, help="channels of the image encoder's first layer, half of the next (default: %(default)s)")
     add("--width", type=int, default=128, help="token width; 256 in BAKU (default: %(default)s)")
-    add("--layers", type=int, default=2, help="transformer blocks; 8 in BAKU (default: %(default)s)")
+    add("--layers", type=int, default=2, help="transformer blocks; 8 in BAKU; 0: an MLP over the joined tokens (default: %(default)s)")
     add("--no-low-text", dest="low_text", action="store_false", help="tell the low level the skill only, not the text as well")
     add("--noise", type=float, default=0.0, help="noise on proprio in training, in its standard deviations (default: %(default)s)")
     add("--batch", type=int, default=64, help="frames a step, shared equally by the sets (default: %(default)s)")
@@ -96,7 +96,7 @@ class Policy(nn.Module):
     def __init__(self, size, cameras, proprio, text, skill, out, chunk, args):
         super().__init__()
         w, c, stride, self.chunk, self.cameras = args.width, args.channels, 1 + (size > 32), chunk, cameras
-        self.patch, self.grid = size // 16 // stride, 16 * stride     # finer patches where the image has more to see
+        self.patch, self.grid, tokens = size // 16 // stride, 16 * stride, cameras + 2 + (text > 0) + (skill > 0)     # above 32 px finer
         token = lambda n: nn.Sequential(nn.Linear(n, w), nn.LayerNorm(w), nn.SiLU(), nn.Linear(w, w), nn.LayerNorm(w)) if n else None
         self.text, self.skill = token(text), token(skill)
         self.conv = nn.ModuleList([ConvBlock(3 * self.patch ** 2 + 2, c, stride, w), ConvBlock(c, 2 * c, 2, w), ConvBlock(2 * c, 2 * c, 1, w)])
@@ -104,9 +104,10 @@ class Policy(nn.Module):
         self.look, self.select, self.image = nn.Linear(10 * c + 16 * 64, 2 * w), nn.Linear(w, 4 * w), nn.Linear(2 * w, w)
         self.proprio = nn.Sequential(nn.Linear(max(1, proprio), w), nn.SiLU(), nn.Linear(w, w))
         self.no_proprio, self.no_camera = nn.Parameter(torch.zeros(w)), nn.Parameter(torch.zeros(w))         # human video has neither
-        self.action, tokens = nn.Parameter(0.02 * torch.randn(w)), cameras + 2 + (text > 0) + (skill > 0)
-        self.kind = nn.Parameter(0.02 * torch.randn(tokens, w))
-        self.blocks, self.norm, self.head = nn.Sequential(*[Block(w) for _ in range(args.layers)]), nn.RMSNorm(w), nn.Linear(w, chunk * out)
+        self.action, self.kind = (nn.Parameter(0.02 * torch.randn(*n, w)) for n in ((), (tokens,)))
+        self.blocks, self.norm = nn.Sequential(*[Block(w) for _ in range(args.layers)]), nn.RMSNorm(w)
+        self.mlp = None if args.layers else nn.Sequential(nn.Linear(tokens * w, 4 * w), nn.SiLU(), nn.Linear(4 * w, 4 * w), nn.SiLU())
+        self.head = nn.Linear(w if args.layers else 4 * w, chunk * out)
     def forward(self, images, text=None, skill=None, proprio=None):
         b, cameras, *_ = images.shape
         told = [net(x) for net, x in ((self.text, text), (self.skill, skill)) if net is not None]             # (B, W) each
@@ -124,7 +125,7 @@ class Policy(nn.Module):
         x = torch.cat([x, self.no_camera.expand(b, self.cameras - cameras, -1)], 1)
         body = self.no_proprio.expand(b, -1) if proprio is None else self.proprio(proprio)
         tokens = torch.stack([*told[:1], *x.unbind(1), body, *told[1:], self.action.expand(b, -1)], 1) + self.kind
-        return self.head(self.norm(self.blocks(tokens)[:, -1])).view(b, self.chunk, -1)
+        return self.head(self.mlp(tokens.flatten(1)) if self.mlp else self.norm(self.blocks(tokens)[:, -1])).view(b, self.chunk, -1)
 
 class Agent(nn.Module):
     """Both levels, or a flat policy, with the statistics that normalise proprio and actions. act() is what stage 4 calls.
@@ -342,8 +343,7 @@ def main():
             torch.manual_seed(args.seed)
             pretrained[pair] = note(*pretrain(own, sets, *pair, device))
         agents[f"{variant}{own.suffix} {demos}"] = note(*finetune(own, sets, pretrained.get(pair), device)), pair
-    figures["held_out"] |= (found := held_out(agents, sets, args))
-    write(report, figures)
+    figures["held_out"].update(found := held_out(agents, sets, args)), write(report, figures)
     [print(f"held-out demonstrations, {name}: " + "  ".join(f"{k} {v:.3f}" for k, v in row.items())) for name, row in found.items()]
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ def test_sentences_read_by_a_t5(out, tmp_path):
     [x.save_pretrained(folder) for x in (transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"), encoder)]
     states = encoder(torch.tensor([[words[word] for word in text.split()]])).last_hidden_state[0]
     torch.testing.assert_close(policy.tokenize(text, folder), states.mean(0).detach())
-    [call(policy, "--out", out, *TINY[policy], "--variant", "flat_z0", "--text", folder) for _ in range(2)]    # the second finds all done
+    [call(policy, "--out", out, *TINY[policy], "--variant", "flat_z0", "--text", folder, "--layers", 0) for _ in "ab"]      # b: all is done
     assert policy.load_agent(out, "flat_z0", 1, "cpu").text.words.in_features == 24
     assert "no-t5" in error(policy, "--out", out, *TINY[policy], "--variant", "flat_z2", "--text", tmp_path / "no-t5")
 def test_three_stages_on_clips_shorter_than_the_gap(tmp_path):
@@ -295,7 +295,7 @@ def test_ensemble_equals_the_loop(execute):
                 assert np.allclose(action, np.average(values, 0, weights))
 ASSETS = [Path(p, "libero/assets/scenes") for s in [importlib.util.find_spec("libero")] if s for p in s.submodule_search_locations]
 def untrained(out):                                                # a policy for LIBERO, ready to act, of random weights
-    args, shape = policy.get_args([]), dict(size=64, cameras=2, high_cameras=1, proprio=9, skill=8, target=7)
+    args, shape = policy.get_args(["--layers", "0"]), dict(size=64, cameras=2, high_cameras=1, proprio=9, skill=8, target=7)
     model = policy.Agent(shape, args).state_dict()
     torch.save(dict(stage="policy", args=vars(args), step=args.steps, shape=shape, model=model), out / "policy_hilam_5.pt")
 @pytest.mark.skipif(not any(p.exists() for p in ASSETS), reason="LIBERO or its assets are not installed")
