@@ -29,7 +29,7 @@ from data import RANK, WORLD, fail, fingerprint, load_checkpoint, load_weights, 
 from lam import Block, ConvBlock, descend, pooled, resume, save_checkpoint, setup, stage_parser, step_rng
 from skills import load_latents
 
-# variant: (stage of the skill that pi_h predicts, stage of the vectors that pi_l is pretrained on; 0 is the latent action); None: not there.
+# variant: (stage of the skill that pi_h predicts, stage of the vectors that pi_l is pretrained on; 0: the latent action); None: not there.
 # The rows of the paper's Table 1; and _decoded, fine-tuned on the video too, with actions that decoded() reads from its latents.
 VARIANTS = {"hilam": (2, 0), "hilam_z1_z0": (1, 0), "hilam_z2_z1": (2, 1), "hilam_scratch": (2, None), "hilam_decoded": (2, 0),
             "flat": (None, None), "flat_z0": (None, 0), "flat_z2": (None, 2), "flat_z0_decoded": (None, 0)}
@@ -96,15 +96,15 @@ class Policy(nn.Module):
     def __init__(self, size, cameras, proprio, text, skill, out, chunk, args):
         super().__init__()
         w, c, stride, self.chunk, self.cameras = args.width, args.channels, 1 + (size > 32), chunk, cameras
-        self.patch, self.grid, tokens = size // 16 // stride, 16 * stride, cameras + 2 + (text > 0) + (skill > 0)     # above 32 px finer
+        self.patch, self.grid, tokens = size // 16 // stride, 16 * stride, cameras + 2 + (text > 0) + (skill > 0)     # finer above 32 px
         token = lambda n: nn.Sequential(nn.Linear(n, w), nn.LayerNorm(w), nn.SiLU(), nn.Linear(w, w), nn.LayerNorm(w)) if n else None
         self.text, self.skill = token(text), token(skill)
-        self.conv = nn.ModuleList([ConvBlock(3 * self.patch ** 2 + 2, c, stride, w), ConvBlock(c, 2 * c, 2, w), ConvBlock(2 * c, 2 * c, 1, w)])
+        self.conv = nn.ModuleList([ConvBlock(*n, w) for n in ((3 * self.patch ** 2 + 2, c, stride), (c, 2 * c, 2), (2 * c, 2 * c, 1))])
         self.fine = ConvBlock(2 * c, 16, 1, w)                     # 8 x 8 x 16, kept whole: fine differences of place
         self.look, self.select, self.image = nn.Linear(10 * c + 16 * 64, 2 * w), nn.Linear(w, 4 * w), nn.Linear(2 * w, w)
         self.proprio = nn.Sequential(nn.Linear(max(1, proprio), w), nn.SiLU(), nn.Linear(w, w))
         self.no_proprio, self.no_camera = nn.Parameter(torch.zeros(w)), nn.Parameter(torch.zeros(w))         # human video has neither
-        self.action, self.kind = (nn.Parameter(0.02 * torch.randn(*n, w)) for n in ((), (tokens,)))
+        self.action, self.kind = nn.Parameter(0.02 * torch.randn(w)), nn.Parameter(0.02 * torch.randn(tokens, w))
         self.blocks, self.norm = nn.Sequential(*[Block(w) for _ in range(args.layers)]), nn.RMSNorm(w)
         self.mlp = None if args.layers else nn.Sequential(nn.Linear(tokens * w, 4 * w), nn.SiLU(), nn.Linear(4 * w, 4 * w), nn.SiLU())
         self.head = nn.Linear(w if args.layers else 4 * w, chunk * out)

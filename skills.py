@@ -301,6 +301,7 @@ def draw(path, sets, boundaries, more):
 def main():
     args = get_args()
     len(args.width) in (1, len(args.chunk) + 1) and min(args.chunk) > 1 or fail("--width: 1 number or 1 more than stages; --chunk: above 1")
+    args.layers > 0 or fail(f"--layers {args.layers}: too small a number")         # only policy.py has something for 0
     device, sets = setup(args), open_sets(args.data)
     args.data_checksum = fingerprint(*(raw := [load_latents(s, args.out) for s in sets]))
     fdm, gap, lam_path = None, 0, Path(args.out, "lam.pt")

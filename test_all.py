@@ -118,7 +118,7 @@ def test_pack_round_trip_and_targets(tmp_path):
     assert np.array_equal(mask, rows[:, None] + np.arange(4) < end[:, None])
     assert np.array_equal(target[mask], np.concatenate([packed.actions[r:min(r + 4, e)] for r, e in zip(rows, end)]))
     assert policy.l1(torch.where(mask[..., None], target + 0.5, 1e6), target, mask).item() == pytest.approx(0.5)
-def test_actions_decoded_from_latents(run, tmp_path):              # from latents that are the motion, one demonstration a task tells how to act
+def test_actions_decoded_from_latents(run, tmp_path):              # from latents that are the motion, one demonstration a task is enough
     sets = [data.Packed(run / "data/toy" / name) for name in ("hand", "robot")]
     [np.save(tmp_path / f"latents.{s.name}.npy", np.array(s.truth("motion"))) for s in sets]
     labels = [policy.Labels(sets[1], sets[1].chosen(1), np.array(sets[1].actions))]
@@ -203,7 +203,7 @@ def test_sentences_read_by_a_t5(out, tmp_path):
     [x.save_pretrained(folder) for x in (transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"), encoder)]
     states = encoder(torch.tensor([[words[word] for word in text.split()]])).last_hidden_state[0]
     torch.testing.assert_close(policy.tokenize(text, folder), states.mean(0).detach())
-    [call(policy, "--out", out, *TINY[policy], "--variant", "flat_z0", "--text", folder, "--layers", 0) for _ in "ab"]      # b: all is done
+    [call(policy, "--out", out, *TINY[policy], "--variant", "flat_z0", "--text", folder, "--layers", 0) for _ in range(2)]
     assert policy.load_agent(out, "flat_z0", 1, "cpu").text.words.in_features == 24
     assert "no-t5" in error(policy, "--out", out, *TINY[policy], "--variant", "flat_z2", "--text", tmp_path / "no-t5")
 def test_three_stages_on_clips_shorter_than_the_gap(tmp_path):
@@ -277,7 +277,7 @@ def test_bad_files(tmp_path, kind, make, says):
     assert not (tmp_path / "set/episodes.json").exists()
 def test_bad_arguments(out, tmp_path, monkeypatch):
     assert "nowhere" in error(lam, "--out", out, "--data", tmp_path / "nowhere")
-    assert "libero_object" in error(eval_libero, "--out", out, "--suite", "libero_kitchen")
+    assert "libero_object" in error(eval_libero, "--out", out, "--suite", "libero_kitchen") and "--layers" in error(skills, "--layers", 0)
     os.truncate(shutil.copytree("data/toy/robot", tmp_path / "robot") / "frames.bin", 9999)
     assert "frames.bin" in error(lam, "--out", tmp_path / "new", "--data", tmp_path / "robot")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False), monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -294,14 +294,14 @@ def test_ensemble_equals_the_loop(execute):
                 values, weights = zip(*[(chunks[e, int(slot == 9), j], np.exp(-0.01 * e * execute)) for e, j in old])
                 assert np.allclose(action, np.average(values, 0, weights))
 ASSETS = [Path(p, "libero/assets/scenes") for s in [importlib.util.find_spec("libero")] if s for p in s.submodule_search_locations]
-def untrained(out):                                                # a policy for LIBERO, ready to act, of random weights
-    args, shape = policy.get_args(["--layers", "0"]), dict(size=64, cameras=2, high_cameras=1, proprio=9, skill=8, target=7)
+def untrained(out, *words):                                        # a policy for LIBERO, ready to act, of random weights
+    args, shape = policy.get_args(words), dict(size=64, cameras=2, high_cameras=1, proprio=9, skill=8, target=7)
     model = policy.Agent(shape, args).state_dict()
     torch.save(dict(stage="policy", args=vars(args), step=args.steps, shape=shape, model=model), out / "policy_hilam_5.pt")
 @pytest.mark.skipif(not any(p.exists() for p in ASSETS), reason="LIBERO or its assets are not installed")
 def test_libero_episodes(tmp_path, monkeypatch):
     seen, act, _ = [], policy.Agent.act, monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path / "config"))
-    untrained(tmp_path)
+    untrained(tmp_path, "--layers", "0")
     monkeypatch.setattr(policy.Agent, "act", lambda self, *observed: seen.append([*observed, act(self, *observed)]) or seen[-1][-1])
     call(eval_libero, "--suite", "libero_object", "--variant", "hilam", "--demos", 5, "--out", tmp_path, "--tasks", 0, "--episodes", 2,
          "--max-steps", 10, "--execute", 8, "--settle", 2, "--workers", 1, "--camera", 64)
