@@ -17,9 +17,8 @@ the stage above it; what comes back is spread over the frames again, and the who
 Writes OUT/skills.pt, and for every packed set OUT/skills1.SET.npy, skills2.SET.npy (T, width: the skill of every frame),
 uniform1.SET.npy ... (the same cut uniformly, a control) and boundaries.SET.npy (T, stages) bool; OUT/skills.json; OUT/skills.png.
 """
-import itertools, time
+import collections, itertools, time
 from pathlib import Path
-from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn as nn
@@ -48,23 +47,32 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 # ---------------------------------------------------------------- dynamic chunking
-class Routing(NamedTuple):
-    """What one stage decided. probability (B, L) float; boundary (B, L) bool; mask (B, L) bool, False on padding; token (B, L, D) = h."""
-    probability: torch.Tensor
-    boundary: torch.Tensor
-    mask: torch.Tensor
-    token: torch.Tensor
+# What one stage decided: probability (B, L) float; boundary (B, L) bool; mask (B, L) bool, False on padding; token (B, L, D) = h.
+Routing = collections.namedtuple("Routing", "probability boundary mask token")
+
+class Cosine(torch.autograd.Function):
+    """cos(q_{t-1}, k_t), from q and k (B, L, D) to (B, L - 1). The gradient by hand reads (B, L, D) half as often as autograd's."""
+    @staticmethod
+    def forward(ctx, q, k):
+        n, m = ((x * x).sum(-1, keepdim=True).clamp_min(1e-16).rsqrt() for x in (q[:, :-1], k[:, 1:]))       # 1 / |q|, 1 / |k|
+        ctx.save_for_backward(q, k, n, m, c := (q[:, :-1] * k[:, 1:]).sum(-1, keepdim=True) * n * m)
+        return c[..., 0]
+    @staticmethod
+    def backward(ctx, gradient):                                                    # dc/dq = n m k - c n^2 q, dc/dk = n m q - c m^2 k
+        (q, k, n, m, c), g = ctx.saved_tensors, gradient[..., None]
+        dq, dk = torch.zeros_like(q), torch.zeros_like(k)
+        torch.mul(k[:, 1:], g * n * m, out=dq[:, :-1]).addcmul_(q[:, :-1], -g * c * n * n)
+        torch.mul(q[:, :-1], g * n * m, out=dk[:, 1:]).addcmul_(k[:, 1:], -g * c * m * m)
+        return dq, dk
 
 def ste(c):
     """Straight-through estimator: 1 forward, identity backward (H-Net, eq. 7)."""
     return c + (1 - c).detach()
-
 def route(q, k, mask, apart=1):
     """Boundary probability and boundaries, (B, L), from q, k (B, L, D) (H-Net, eq. 4). The first position is always one, padding never.
     apart above 1, where adjacent vectors overlap: k is compared with q that many positions before, and chunks are that long at least."""
-    q, k = F.pad(q[:, :-apart], (0, 0, apart - 1, 0), "replicate") if apart > 1 else q[:, :-1], k[:, 1:]
-    cosine = (q * k).sum(-1) / ((q * q).sum(-1) * (k * k).sum(-1)).clamp_min(1e-16).sqrt()     # backwards faster than cosine_similarity
-    p = torch.cat([q.new_ones(len(q), 1), (1 - cosine) / 2], 1)                     # (B, L)
+    q = F.pad(q[:, :1 - apart], (0, 0, apart - 1, 0), "replicate") if apart > 1 else q
+    p = torch.cat([q.new_ones(len(q), 1), (1 - Cosine.apply(q, k)) / 2], 1)         # (B, L)
     boundary = (p >= 0.5) & mask
     for t in range(1, p.shape[1]) if apart > 1 else ():
         boundary[:, t] &= ~boundary[:, max(0, t - apart + 1):t].any(1)
@@ -106,7 +114,6 @@ class Stage(nn.Module):
         nn.init.eye_(self.q.weight), nn.init.eye_(self.k.weight), nn.init.zeros_(self.residual.weight)
         self.pad = nn.Parameter(torch.zeros(widths[1] - d)) if widths[1] > d else None     # H-Net widens by appending a learned vector
         self.main = Stage(widths[1:], stages - 1, layers) if stages > 1 else blocks(2 * layers, widths[1])
-
     def forward(self, x, mask):
         """x (B, L, D), mask (B, L) -> output (B, L, D) and the Routing of this stage and of all above it."""
         h = self.encoder(x)
@@ -126,7 +133,6 @@ class HNet(nn.Module):
         self.embed, self.head, self.overlap = nn.Linear(latent, widths[0], bias=False), nn.Linear(widths[0], latent), gap > 1
         nn.init.orthogonal_(self.embed.weight), [nn.init.zeros_(p) for p in self.head.parameters() if self.overlap]    # keeps k's angles
         self.stage, self.norm = Stage(widths + widths[-1:], stages, layers, max(1, gap // 2)), nn.RMSNorm(widths[0])   # k frames a latent
-
     def forward(self, z, mask):
         y, routings = self.stage(self.embed(z), mask)
         return self.head(self.norm(y)) + z * self.overlap, routings                  # where latents overlap, the next is nearly the last
@@ -167,8 +173,7 @@ def get_batch(sets, latents, gap, count, window, rng, episodes):
 def losses(model, fdm, batch, sets, args, scale, rng, device):
     """The loss of a batch; L_latent, L_rec, and F and G of every stage. scale: what standardised the latents, mean and deviation."""
     z, mask, rows, source = *(x.to(device) for x in batch[:2]), *batch[2:]
-    prediction, routings = model(z, mask)
-    valid = mask[:, 1:]
+    (prediction, routings), valid = model(z, mask), mask[:, 1:]
     latent = (prediction[:, :-1] - z[:, 1:]).abs()[valid].mean() * (valid.sum() / pooled(valid.sum()))     # L_latent, l1
     rec = torch.zeros((), device=device)
     if fdm is not None:                                                             # L_rec at 32 positions: I_{t+1+k} from I_{t+1} and the
@@ -188,16 +193,13 @@ def events(phase, names, gripper=False):
     short = np.isin(phase[starts], [names.index("grasp"), names.index("release")])
     keep = short | ~np.append(True, short[:-1]) & (not gripper)     # where a grasp ends is no further event, nor is the first frame
     return np.where(short, (starts + np.append(starts[1:], len(phase)) - 1) // 2, starts)[keep]
-
 def match(found, true, slack=2):
     """Number of true events with a boundary of their own within slack frames: a maximum bipartite matching."""
     near = csr_matrix(np.abs(np.asarray(found, int)[:, None] - np.asarray(true, int)) <= slack)
     return int((csgraph.maximum_bipartite_matching(near) >= 0).sum()) if near.nnz else 0
-
 def f1(pairs):
     """F1 over episodes of (boundaries, events), +-2 frames; the first frame of an episode is a boundary for free and does not count."""
     return 2 * sum(match(b, e) for b, e in pairs) / max(1, sum(len(b) + len(e) for b, e in pairs))
-
 def peaks(z, count):
     """The count highest local maxima of the cosine dissimilarity of adjacent latents z (L, D): a control that needs no network."""
     d = 1 - F.cosine_similarity(torch.from_numpy(z[1:]), torch.from_numpy(z[:-1])).numpy()
@@ -210,8 +212,7 @@ def segment(model, dataset, latent, gap, device, batch=32):
     of latent t+1, (T, latent). The k last frames of an episode, which have no latent, stay in the last segment."""
     out = []
     for part in np.array_split(np.arange(len(dataset.start)), max(1, len(dataset.start) // batch)):
-        lengths = np.maximum(1, dataset.length[part] - gap)
-        t = np.arange(lengths.max())
+        t = np.arange((lengths := np.maximum(1, dataset.length[part] - gap)).max())
         z = torch.from_numpy(latent[dataset.start[part][:, None] + np.minimum(t, lengths[:, None] - 1)])
         prediction, routings = model(z.to(device), torch.from_numpy(t < lengths[:, None]).to(device))
         at, skills = frame_rate(routings)
@@ -313,8 +314,7 @@ def main():
     fdm and args.rec or print(f"the reconstruction loss is off: {'--rec 0' if fdm else f'no FDM for these latents, {lam_path} is missing'}")
     latents, *scale = standardise(raw, [s.rows(s.split("train"), gap) for s in sets])       # else adjacent latents are parallel: no cuts
     scale = [x.float().to(device) for x in scale]
-    widths = args.width * (len(args.chunk) + 1) if len(args.width) == 1 else args.width
-    model = HNet(raw[0].shape[1], widths, len(args.chunk), args.layers, gap).to(device)
+    model = HNet(raw[0].shape[1], (args.width * (n := len(args.chunk) + 1))[:n], len(args.chunk), args.layers, gap).to(device)
     slow = lambda name: any(part in name for part in ("embed", "encoder", ".k."))    # k stays near the latents; q, free to learn, foretells
     groups = [dict(params=[p for n, p in model.named_parameters() if slow(n) == s], share=args.slow if s else 1.0) for s in (True, False)]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.01)             # k: a boundary is where that fails

@@ -42,6 +42,7 @@ def test_route(apart):
         expected = 1 if t == 0 else float(1 - torch.cosine_similarity(q[b, max(0, t - apart)], k[b, t], 0)) / 2
         fresh = mask[b, t] and not boundary[b, max(0, t - apart + 1):t].any()
         assert p[b, t].item() == pytest.approx(expected, abs=1e-5) and boundary[b, t] == (expected >= 0.5 and fresh)
+    assert torch.autograd.gradcheck(lambda *qk: skills.route(*qk, mask, apart)[0], [x.double().requires_grad_() for x in (q, k)])
 def test_chunk_and_dechunk_equal_the_loop():
     torch.manual_seed(0)
     h, p, weight, results = torch.randn(3, 40, 5), 0.95 * torch.rand(3, 40), torch.randn(3, 40, 5), []
@@ -300,8 +301,7 @@ def untrained(out, *words):                                        # a policy fo
     torch.save(dict(stage="policy", args=vars(args), step=args.steps, shape=shape, model=model), out / "policy_hilam_5.pt")
 @pytest.mark.skipif(not any(p.exists() for p in ASSETS), reason="LIBERO or its assets are not installed")
 def test_libero_episodes(tmp_path, monkeypatch):
-    seen, act, _ = [], policy.Agent.act, monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path / "config"))
-    untrained(tmp_path, "--layers", "0")
+    seen, act, *_ = [], policy.Agent.act, monkeypatch.setenv("LIBERO_CONFIG_PATH", f"{tmp_path}/config"), untrained(tmp_path, "--layers", "0")
     monkeypatch.setattr(policy.Agent, "act", lambda self, *observed: seen.append([*observed, act(self, *observed)]) or seen[-1][-1])
     call(eval_libero, "--suite", "libero_object", "--variant", "hilam", "--demos", 5, "--out", tmp_path, "--tasks", 0, "--episodes", 2,
          "--max-steps", 10, "--execute", 8, "--settle", 2, "--workers", 1, "--camera", 64)
