@@ -301,7 +301,7 @@ def untrained(out, *words):                                        # a policy fo
     torch.save(dict(stage="policy", args=vars(args), step=args.steps, shape=shape, model=model), out / "policy_hilam_5.pt")
 @pytest.mark.skipif(not any(p.exists() for p in ASSETS), reason="LIBERO or its assets are not installed")
 def test_libero_episodes(tmp_path, monkeypatch):
-    seen, act, *_ = [], policy.Agent.act, monkeypatch.setenv("LIBERO_CONFIG_PATH", f"{tmp_path}/config"), untrained(tmp_path, "--layers", "0")
+    seen, act, *_ = [], policy.Agent.act, monkeypatch.setenv("LIBERO_CONFIG_PATH", f"{tmp_path}/config"), untrained(tmp_path, "--layers=0")
     monkeypatch.setattr(policy.Agent, "act", lambda self, *observed: seen.append([*observed, act(self, *observed)]) or seen[-1][-1])
     call(eval_libero, "--suite", "libero_object", "--variant", "hilam", "--demos", 5, "--out", tmp_path, "--tasks", 0, "--episodes", 2,
          "--max-steps", 10, "--execute", 8, "--settle", 2, "--workers", 1, "--camera", 64)
