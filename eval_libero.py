@@ -44,6 +44,7 @@ def get_args(argv=None):
     add("--max-steps", type=int, help="steps after which an episode has failed (default: the suite's)")
     add("--settle", type=int, default=10, help="LIBERO: steps of rest before the policy acts (default: %(default)s)")
     add("--workers", type=int, default=2, help="LIBERO: environments, one process each (default: %(default)s)")
+    add("--clear", type=float, default=0.5, help="LIBERO: the gripper obeys commands beyond +-this, else it goes on (default: %(default)s)")
     add("--camera", type=int, default=128, help="LIBERO: side of the rendered images, resized to the policy's (default: %(default)s)")
     add("--replay", metavar="DIR", help="LIBERO: instead of a policy's, play the actions of the HDF5 files in DIR")
     add("--seed", type=int, default=0, help="seed of the environments (default: %(default)s)")
@@ -53,17 +54,14 @@ def get_args(argv=None):
 # ---------------------------------------------------------------- the toy world as a pool of environments
 class ToyPool:
     """All episodes at once. A pool has observe() -> the environments that wait for a decision, execute(actions) -> those that ended."""
-
     def __init__(self, jobs, args, size):
         self.jobs, self.limit = jobs, args.max_steps or TOY_LIMIT
         self.world = ToyWorld("robot", size).reset([TASKS[t] for t, _ in jobs], [[7_000_000 + args.seed, t, e] for t, e in jobs])
         self.alive, self.steps = np.ones(len(jobs), bool), 0
-
     def observe(self):
         """slots (indices into jobs), frames, wrist (None here), proprio, texts."""
         slots = np.flatnonzero(self.alive)
         return slots, self.world.frames(slots), None, self.world.proprio()[slots], [toy_text(TASKS[self.jobs[i][0]]) for i in slots]
-
     def execute(self, slots, actions):
         """actions (B, n, A): steps the world n times; returns a list of (slot, success, steps) of the episodes that ended."""
         full, ended = np.zeros((len(self.jobs), *actions.shape[1:])), []
@@ -75,7 +73,6 @@ class ToyPool:
                 ended.append((i, bool(success[i]), self.steps))
                 self.alive[i] = False
         return ended
-
     close = lambda self: None
 
 # ---------------------------------------------------------------- LIBERO's environments, one process each
@@ -110,6 +107,13 @@ def replay(env, path, number):
                 model.body_pos[i] = [float(x) for x in body.get("pos", "0 0 0").split()]
                 model.body_quat[i] = [float(x) for x in body.get("quat", "1 0 0 0").split()]
     env.set_init_state(state)
+    return actions
+
+def keep_grip(actions, grip, clear):
+    """Actions (n, A) with the last number, the gripper's command, held at the last one beyond +-clear (before them: grip). A hand that
+    wavers drops things: policies trained with l1 predict -1 or 1 while they are sure, and anything between while they are not."""
+    for action in (actions := np.array(actions)):
+        action[-1] = grip = action[-1] if abs(action[-1]) > clear else grip
     return actions
 
 def worker(pipe, suite, args):
@@ -161,11 +165,11 @@ def worker(pipe, suite, args):
                     pipe.send(run(replay(env, Path(args.replay, f"{task.name}_demo.hdf5"), episode))[1:])
                     continue
                 env.set_init_state(states[episode % len(states)])
-                o, _, _ = run([np.array([0, 0, 0, 0, 0, 0, -1.0])] * max(1, args.settle))
+                o, _, _ = run(actions := np.array([[0, 0, 0, 0, 0, 0, -1.0]] * max(1, args.settle)))
                 steps, limit = 0, args.max_steps or SUITES[suite]
                 pipe.send((look(o), env.language_instruction))
             else:
-                o, success, n = run(message[:limit - steps])
+                o, success, n = run(actions := keep_grip(message[:limit - steps], actions[-1, -1], args.clear))
                 steps += n
                 over = success or steps >= limit
                 pipe.send((success, steps) if over else (look(o), env.language_instruction))
@@ -177,7 +181,6 @@ def worker(pipe, suite, args):
 
 class LiberoPool:
     """The same interface as ToyPool, over --workers processes (spawned: a simulator must not be forked)."""
-
     def __init__(self, jobs, args, size):
         self.queue, self.jobs, self.size, self.observed = list(range(len(jobs)))[::-1], jobs, size, {}
         context, self.pipes, self.slot = multiprocessing.get_context("spawn"), [], {}
@@ -186,13 +189,11 @@ class LiberoPool:
             context.Process(target=worker, args=(theirs, args.suite, args), daemon=True).start()
             self.pipes.append(ours)
             self.next_job(ours)
-
     def next_job(self, pipe):
         self.slot.pop(pipe, None)
         if self.queue:
             self.slot[pipe] = self.queue.pop()
             pipe.send(self.jobs[self.slot[pipe]])
-
     def receive(self):
         """Wait for at least one worker; returns the episodes that ended and files the observations that arrived."""
         ended = []
@@ -209,19 +210,16 @@ class LiberoPool:
                 ended.append((self.slot[pipe], *message))
                 self.next_job(pipe)
         return ended
-
     def observe(self):
         slots = list(self.observed)
         obs, texts = zip(*[self.observed[s][1:] for s in slots]) if slots else ([], [])
         stack = lambda key: np.stack([o[key] for o in obs]) if obs else np.zeros(0)
         frames, wrist = (resize(stack(key), self.size) if obs else None for key in ("frames", "wrist"))
         return np.array(slots, int), frames, wrist, stack("proprio"), list(texts)
-
     def execute(self, slots, actions):
         for s, a in zip(slots, actions):
             self.observed.pop(s)[0].send(a)
         return self.receive()
-
     def close(self):
         for pipe in self.pipes:
             pipe.send(None)
@@ -229,10 +227,8 @@ class LiberoPool:
 # ---------------------------------------------------------------- rollouts
 class Ensemble:
     """Temporal aggregation: a step's action is the mean of all chunks that predicted it, older ones heavier (ACT, BAKU: exp(-0.01 i))."""
-
     def __init__(self):
         self.total, self.weight, self.age = {}, {}, {}
-
     def __call__(self, slots, chunks, execute):
         """slots (B,), chunks (B, chunk, A) predicted now -> the next `execute` actions of each, (B, execute, A)."""
         out = []

@@ -41,7 +41,7 @@ def stage_parser(doc, steps):
 def setup(args):
     """Seed everything, make the run folder, return the torch.device. Exits when the GPU asked for is not there or a number is senseless."""
     for key, v in ((key, v) for key, value in vars(args).items() for v in np.atleast_1d(value).tolist()):
-        if type(v) in (int, float) and not (v > 0 or v == 0 and key in "seed rec ratio settle tasks demos warp noise layers".split()):
+        if type(v) in (int, float) and not (v > 0 or v == 0 and key in "seed rec ratio settle tasks demos warp noise layers clear".split()):
             fail(f"--{key.replace('_', '-')} {v}: too small a number")
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     name = args.device.replace("auto", (gpus[int(os.environ.get("LOCAL_RANK", 0)):] + ["cpu"])[0])

@@ -26,7 +26,7 @@ from scipy.spatial.distance import cdist
 from sklearn.kernel_ridge import KernelRidge
 from tqdm import tqdm
 from data import RANK, WORLD, fail, fingerprint, load_checkpoint, load_weights, open_sets, standardise, write
-from lam import Block, ConvBlock, descend, pooled, resume, save_checkpoint, setup, stage_parser, step_rng
+from lam import Block, ConvBlock, descend, pooled, resume, save_checkpoint, setup, stage_parser, step_rng, warp
 from skills import load_latents
 
 # variant: (stage of the skill that pi_h predicts, stage of the vectors that pi_l is pretrained on; 0: the latent action); None: not there.
@@ -51,6 +51,7 @@ def get_args(argv=None):
     add("--width", type=int, default=128, help="token width; 256 in BAKU (default: %(default)s)")
     add("--layers", type=int, default=2, help="transformer blocks; 8 in BAKU; 0: an MLP over the joined tokens (default: %(default)s)")
     add("--no-low-text", dest="low_text", action="store_false", help="tell the low level the skill only, not the text as well")
+    add("--warp", type=float, default=0.0, help="augmentation: random affine maps of each camera's image; 0 is none (default: %(default)s)")
     add("--noise", type=float, default=0.0, help="noise on proprio in training, in its standard deviations (default: %(default)s)")
     add("--batch", type=int, default=64, help="frames a step, shared equally by the sets (default: %(default)s)")
     add("--bf16", action="store_true", help="compute in bfloat16 where it is safe (autocast): for GPUs")
@@ -75,7 +76,6 @@ def t5(name):
         return AutoTokenizer.from_pretrained(name), T5EncoderModel.from_pretrained(name).float().eval()
     except Exception as error:
         fail(f"--text {name}: {' '.join(str(error).split())[:200]} (needs `pip install transformers` and a T5's name or folder)")
-
 @functools.cache
 def tokenize(text, name=None):
     """A sentence: its words, and words with their place, hashed into buckets, (64,) int64, 0 is padding; or the mean state of T5, (D,)."""
@@ -84,7 +84,6 @@ def tokenize(text, name=None):
         return encoder(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0).detach()
     keys = [key for i, word in enumerate(text.lower().split()[:LONGEST]) for key in (word, f"{i} {word}")]
     return torch.tensor([1 + zlib.crc32(key.encode()) % WORDS for key in keys] + [0] * (2 * LONGEST - len(keys)))
-
 def text_encoder(width, name=None):
     """Normalised sum of embeddings of words and placed words (a mean drowns the few that differ), or T5's vector projected: (B, width)."""
     words = nn.Linear(t5(name)[1].config.d_model, width) if name else nn.EmbeddingBag(WORDS + 1, width, mode="sum", padding_idx=0)
@@ -183,9 +182,10 @@ class Labels:
         target, mask = at(self.target, np.minimum(t, d.total - 1)), at(t <= self.last[self.episode[rows]][:, None], ...)
         return images, self.tokens[self.episode[rows]].to(device), at(d.proprio, rows), target, mask, at(self.skill, rows)
 
-def augment(images):
-    """For every variant alike: contrast and brightness by +-20 %, each camera shifted by up to a 64th (proprio does not shift along)."""
+def augment(images, amount):
+    """For every variant alike: contrast and brightness by +-20 %, each camera warped, and shifted by up to a 64th (proprio is not)."""
     (b, n, c, s, _), pad = images.shape, images.shape[-1] // 64
+    images = warp(*[images.flatten(1, 2)] * 2, amount)[0].view_as(images) if amount else images
     x = F.pad(images.flatten(0, 1), (pad,) * 4, mode="replicate")
     dy, dx = torch.randint(0, 2 * pad + 1, (2, b * n, 1), device=x.device) + torch.arange(s, device=x.device)
     x = x[torch.arange(b * n, device=x.device)[:, None, None], :, dy[:, :, None], dx[:, None, :]]         # (B * cameras, S, S, 3)
@@ -219,7 +219,7 @@ def train(agent, labels, args, path, stage, device, objective):
         rng = step_rng(args.seed, step)
         batches = [part.batch(rng.choice(part.rows, share)[RANK::WORLD], args.chunk, agent.shape["cameras"], device) for part in labels]
         with torch.autocast(device.type, torch.bfloat16, args.bf16):
-            records = [objective(augment(images), *rest) for images, *rest in batches]
+            records = [objective(augment(images, args.warp), *rest) for images, *rest in batches]
         loss = sum(sum(r.values()) for r in records) / len(records)
         descend(loss, optimizer, step, args)
         seen.append({k: np.mean([pooled(r[k]).item() for r in records]) for k in records[0]})
