@@ -91,10 +91,10 @@ def dechunk(x, p, boundary, position):
     The recurrence is a product with the lower-triangular matrix W_mn = p_n prod_{j=n+1..m} (1 - p_j), built in log space."""
     kept = p.gather(1, position).clamp(1e-4, 1 - 1e-4).float()                      # (B, M)
     s = torch.log1p(-kept).cumsum(1)
-    w = (s[:, :, None] - s[:, None, :]).tril().exp().tril() * kept[:, None, :]
-    index = boundary.long().cumsum(1).sub(1).clamp_min(0)
-    w = w.gather(1, index[..., None].expand(-1, -1, w.shape[-1]))                   # (B, L, M): every position has its chunk's row
-    return (w * ste(torch.where(boundary, p, 1 - p))[..., None]).to(x.dtype) @ x    # scaling W is cheaper than scaling y
+    y = ((s[:, :, None] - s[:, None, :]).tril().exp().tril() * kept[:, None, :]).to(x.dtype) @ x              # (B, M, D)
+    index = boundary.long().cumsum(1).sub(1).clamp_min(0) + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    y = F.embedding(index, y.flatten(0, 1))                                         # (B, L, D): every position has its chunk's row
+    return y * ste(torch.where(boundary, p, 1 - p))[..., None].to(x.dtype)
 
 def ratio_loss(boundary, p, mask, n):
     """N/(N-1) ((N-1) F G + (1-F)(1-G)) with F the share of boundaries and G the mean probability (H-Net, eq. 10). Returns loss, F, G."""
