@@ -38,10 +38,10 @@ def stage_parser(doc, steps):
     add("--save-every", type=int, default=500, help="steps between two checkpoints (default: %(default)s)")
     return parser
 
-def setup(args):
-    """Seed everything, make the run folder, return the torch.device. Exits when the GPU asked for is not there or a number is senseless."""
+def setup(args, zero=""):
+    """Seed all, make the run folder, return the torch.device. Exits without the GPU asked for or at a number too small; zero may be 0."""
     for key, v in ((key, v) for key, value in vars(args).items() for v in np.atleast_1d(value).tolist()):
-        if type(v) in (int, float) and not (v > 0 or v == 0 and key in "seed rec ratio settle tasks demos warp noise layers clear".split()):
+        if type(v) in (int, float) and not (v > 0 or not v and key in f"{zero} seed rec ratio settle tasks demos warp noise clear".split()):
             fail(f"--{key.replace('_', '-')} {v}: too small a number")
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     name = args.device.replace("auto", (gpus[int(os.environ.get("LOCAL_RANK", 0)):] + ["cpu"])[0])
@@ -217,12 +217,12 @@ def get_batch(sets, index, args, rng, device):
     early, late = (args.gap * (np.arange(len(rows[0])) % 2 * args.reverse == i) for i in (1, 0))
     return [torch.cat([images(s, r + gap, args.wrist, device) for s, r in zip(sets, rows)]) for gap in (early, late)]
 
-def warp(now, future, amount):
-    """Both frames under one random affine map a pair and camera: the IDM must find a code for motion that does not hang on the view."""
-    shape = now.shape[0] * now.shape[1] // 3, 3, *now.shape[2:]          # cameras apart
+def warp(frames, amount):
+    """A list of frames, each (B, C, S, S), under one random affine map a sample and camera: motion's code must not hang on the view."""
+    shape = frames[0].shape[0] * frames[0].shape[1] // 3, 3, *frames[0].shape[2:]          # cameras apart
     turn, shift = torch.randn(shape[0], 2, 2).clamp(-2, 2) / 2, torch.rand(shape[0], 2, 1) - 0.5
-    grid = F.affine_grid(torch.cat([torch.eye(2) + amount * turn, amount * shift], 2).to(now.device), shape, False)
-    return [F.grid_sample(x.reshape(shape), grid, "bilinear", "border", False).view_as(x) for x in (now, future)]
+    grid = F.affine_grid(torch.cat([torch.eye(2) + amount * turn, amount * shift], 2).to(frames[0].device), shape, False)
+    return [F.grid_sample(x.reshape(shape), grid, "bilinear", "border", False).view_as(x) for x in frames]
 
 def ratio(prediction, future, now):
     """Squared error in units of the error of copying the current frame: 0 is perfect, 1 is what no model at all reaches."""
@@ -329,7 +329,7 @@ def main():
         now, future = get_batch(sets, index, args, rng, device)
         loading += time.time() - mark
         with torch.autocast(device.type, torch.bfloat16, args.bf16):
-            z = model.idm(*warp(now, future, args.warp) if args.warp else (now, future))
+            z = model.idm(*warp([now, future], args.warp) if args.warp else (now, future))
             z = z + 0.1 * torch.randn_like(z) if args.bottleneck == "noise" else z
             loss = ratio(model.fdm(now, z), future, now)
         descend(loss, optimizer, step, args)

@@ -185,7 +185,7 @@ class Labels:
 def augment(images, amount):
     """For every variant alike: contrast and brightness by +-20 %, each camera warped, and shifted by up to a 64th (proprio is not)."""
     (b, n, c, s, _), pad = images.shape, images.shape[-1] // 64
-    images = warp(*[images.flatten(1, 2)] * 2, amount)[0].view_as(images) if amount else images
+    images = warp([images.flatten(1, 2)], amount)[0].view_as(images) if amount else images
     x = F.pad(images.flatten(0, 1), (pad,) * 4, mode="replicate")
     dy, dx = torch.randint(0, 2 * pad + 1, (2, b * n, 1), device=x.device) + torch.arange(s, device=x.device)
     x = x[torch.arange(b * n, device=x.device)[:, None, None], :, dy[:, :, None], dx[:, None, :]]         # (B * cameras, S, S, 3)
@@ -328,7 +328,7 @@ def held_out(agents, sets, args):
 
 def main():
     args = get_args()
-    device, sets, pretrained, agents, report = setup(args), open_sets(args.data), {}, {}, Path(args.out, "policy.json")
+    device, sets, pretrained, agents, report = setup(args, "layers"), open_sets(args.data), {}, {}, Path(args.out, "policy.json")
     figures = json.loads(report.read_text()) if report.exists() else dict(losses={}, seconds={}, held_out={})
     def note(agent, name, losses, seconds):                                      # losses are empty when nothing was left to train
         losses and [figures[key].update({name: value}) for key, value in (("losses", losses), ("seconds", seconds))]

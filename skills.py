@@ -302,7 +302,6 @@ def draw(path, sets, boundaries, more):
 def main():
     args = get_args()
     len(args.width) in (1, len(args.chunk) + 1) and min(args.chunk) > 1 or fail("--width: 1 number or 1 more than stages; --chunk: above 1")
-    args.layers > 0 or fail(f"--layers {args.layers}: too small a number")         # only policy.py has something for 0
     device, sets = setup(args), open_sets(args.data)
     args.data_checksum = fingerprint(*(raw := [load_latents(s, args.out) for s in sets]))
     fdm, gap, lam_path = None, 0, Path(args.out, "lam.pt")
@@ -314,7 +313,8 @@ def main():
     fdm and args.rec or print(f"the reconstruction loss is off: {'--rec 0' if fdm else f'no FDM for these latents, {lam_path} is missing'}")
     latents, *scale = standardise(raw, [s.rows(s.split("train"), gap) for s in sets])       # else adjacent latents are parallel: no cuts
     scale = [x.float().to(device) for x in scale]
-    model = HNet(raw[0].shape[1], (args.width * (n := len(args.chunk) + 1))[:n], len(args.chunk), args.layers, gap).to(device)
+    widths = args.width * (len(args.chunk) + 1) if len(args.width) == 1 else args.width
+    model = HNet(raw[0].shape[1], widths, len(args.chunk), args.layers, gap).to(device)
     slow = lambda name: any(part in name for part in ("embed", "encoder", ".k."))    # k stays near the latents; q, free to learn, foretells
     groups = [dict(params=[p for n, p in model.named_parameters() if slow(n) == s], share=args.slow if s else 1.0) for s in (True, False)]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.01)             # k: a boundary is where that fails
