@@ -59,7 +59,6 @@ def get_args(argv=None):
     add("--lr", type=float, default=7e-4, help="peak learning rate of AdamW (default: %(default)s)")
     add("--finetune-lr", type=float, default=3e-4, help="the same where pretrained weights are fine-tuned (default: %(default)s)")
     return parser.parse_args(argv)
-
 def amount(text):
     """'5' -> 5, a count; '0.1' -> 0.1, a share."""
     value = float(text) if "." in text else int(text)
@@ -275,22 +274,23 @@ def finetune(args, sets, pretrained, device):
 
 def decoded(args, sets, labels):
     """The video as Labels with actions that kernel ridge regression, fitted on the demonstrations in labels, reads from latents k before to
-    k after. (VPT, Baker et al. 2022, labels video with an IDM trained on actions; here the IDM saw none, only its reading does.)"""
-    latents, around = standardise([load_stage(s, args.out, 0) for s in sets], [s.rows(s.split("train"), args.gap) for s in sets])[0], {}
-    for s, z in zip(sets, latents):                                              # around (T, 5 D); an episode's ends repeat
+    k after, and from proprio where all sets have it. (VPT, Baker et al. 2022, labels video with an IDM trained on actions; here the IDM
+    saw none, only its reading does.)"""
+    rows, around, robots = [s.rows(s.split("train"), args.gap) for s in sets], {}, all(s.proprio is not None for s in sets)
+    inputs = [load_stage(s, args.out, 0) for s in sets], [s.proprio if robots else np.zeros((s.total, 1)) for s in sets]
+    for s, z, body in zip(sets, *(standardise(x, rows)[0] for x in inputs)):     # around (T, 5 D + P); an episode's ends repeat
         first, last = (np.repeat(x, s.length)[:, None] for x in (s.start, s.start + np.maximum(s.length - 1 - args.gap, 0)))
-        around[s.name] = z[np.clip(np.arange(s.total)[:, None] + np.arange(-2, 3) * args.gap // 2, first, last)].reshape(s.total, -1)
+        z = z[np.clip(np.arange(s.total)[:, None] + np.arange(-2, 3) * args.gap // 2, first, last)].reshape(s.total, -1)
+        around[s.name] = np.concatenate([z, 0.5 * body * (z.shape[1] / body.shape[1]) ** 0.5], 1)      # proprio: a fifth of the variance
     x, y = (np.concatenate(c) for c in zip(*[(around[part.dataset.name][part.rows], part.target[part.rows]) for part in labels]))
     pick = np.random.default_rng(args.seed).permutation(len(x))[:10_000]         # time is cubic in their number
     model = KernelRidge(kernel="rbf", gamma=1 / x.shape[1], alpha=0.03).fit(x[pick], y[pick])
     read = lambda x: np.concatenate([model.predict(part) for part in np.array_split(x, 1 + len(x) // 4096)]).clip(-1, 1).astype(np.float32)
     return [Labels(s, s.split("train"), read(around[s.name]), t5=args.text) for s in sets if s.name in (args.video or [s.name])]
-
 def data_shape(sets):
     """What the models must know of the data: frame size, cameras, width of proprio."""
     width, cameras = max([1, *(s.proprio.shape[1] for s in sets if s.proprio is not None)]), 1 + any(s.wrist is not None for s in sets)
     return dict(size=sets[0].frames.shape[1], cameras=cameras, high_cameras=cameras, proprio=width)
-
 def load_agent(out, variant, demos, device):
     """The fine-tuned policy of a run folder, ready to act."""
     record = load_checkpoint(path := Path(out, f"policy_{variant}_{demos}.pt"), "policy")
