@@ -6,12 +6,12 @@ the stage above it; what comes back is spread over the frames again, and the who
 2603.05815, section 3.2; H-Net, arXiv 2507.07955). Two stages by default: primitive skills (reach, carry), then sub-goals.
 
     h = E(z)                                          encoder, causal, ends in RMSNorm
-    p_1 = 1, p_t = (1 - cos(q_{t-1}, k_t)) / 2        boundary probability; b_t = 1 where p_t >= 0.5
+    p_1 = 1, p_t = (1 - cos(q_{t-1}, k_t)) / 2        boundary probability, q of h, k of z; b_t = 1 where p_t >= 0.5
     z' = Chunk(h; b)                                  keep the vectors at boundaries
     z = D(DeChunk(M(z'); b, p) * ste(c) + R(h))       main network (again a stage, or at the top a causal transformer), then the decoder
     loss = L_latent + rec * L_rec + ratio * L_ratio   next latent; next frame drawn by the frozen FDM; chunk rate near 1/N
 
-    python skills.py                                  # toy world, about a minute on two CPU cores
+    python skills.py                                  # toy world, two minutes on two CPU cores
     python skills.py --data data/libero_10 --out out/libero_10 --chunk 20 3
 
 Writes OUT/skills.pt, and for every packed set OUT/skills1.SET.npy, skills2.SET.npy (T, width: the skill of every frame),
@@ -28,19 +28,20 @@ from scipy.sparse import csgraph, csr_matrix
 from tqdm import tqdm
 from sklearn import cluster, metrics
 import lam
-from data import RANK, WORLD, fail, fingerprint, load_checkpoint, load_weights, open_sets, standardise, write
+from data import RANK, WORLD, fail, fingerprint, load_checkpoint, load_weights, open_sets, write
 from lam import Block, descend, draw_strip, pooled, resume, save_checkpoint, setup, stage_parser, step_rng, upright
 
 def get_args(argv=None):
     parser = stage_parser(__doc__, steps=600)
     add = parser.add_argument_group("H-Net").add_argument
     add("--chunk", type=float, nargs="+", default=[15, 3], help="N: target length of a chunk, one number a stage (default: %(default)s)")
+    add("--least", type=int, default=5, help="frames in the shortest chunk of stage 1 (default: %(default)s)")
     add("--width", type=int, nargs="+", default=[64], help="vector width: one, or one a stage and one on top (default: %(default)s)")
-    add("--layers", type=int, default=1, help="blocks in every encoder, decoder and the top network (default: %(default)s)")
+    add("--layers", type=int, default=4, help="blocks in every encoder, decoder and the top network (default: %(default)s)")
     add = parser.add_argument_group("loss and optimizer").add_argument
     add("--rec", type=float, default=0.1, help="weight of the frame reconstruction loss; 0 switches it off (default: %(default)s)")
     add("--ratio", type=float, default=0.1, help="weight of the chunk ratio loss; 0.03 in H-Net (default: %(default)s)")
-    add("--slow", type=float, default=0.03, help="learning rate of embedding, encoders and k over that of the rest (default: %(default)s)")
+    add("--slow", type=float, nargs=2, default=[0.03, 0.3], help="learning rates over that of the rest: embedding and k; encoders")
     add("--batch", type=int, default=16, help="episodes a step, shared equally by the sets (default: %(default)s)")
     add("--window", type=int, default=128, help="frames of an episode seen at a time (default: %(default)s)")
     add("--lr", type=float, default=1e-3, help="peak learning rate of AdamW (default: %(default)s)")
@@ -68,14 +69,14 @@ class Cosine(torch.autograd.Function):
 def ste(c):
     """Straight-through estimator: 1 forward, identity backward (H-Net, eq. 7)."""
     return c + (1 - c).detach()
-def route(q, k, mask, apart=1):
+def route(q, k, mask, least=1, apart=1):
     """Boundary probability and boundaries, (B, L), from q, k (B, L, D) (H-Net, eq. 4). The first position is always one, padding never.
-    apart above 1, where adjacent vectors overlap: k is compared with q that many positions before, and chunks are that long at least."""
+    No chunk is shorter than least. apart above 1, where adjacent vectors overlap: k is compared with q that many positions before."""
     q = F.pad(q[:, :1 - apart], (0, 0, apart - 1, 0), "replicate") if apart > 1 else q
     p = torch.cat([q.new_ones(len(q), 1), (1 - Cosine.apply(q, k)) / 2], 1)         # (B, L)
     boundary = (p >= 0.5) & mask
-    for t in range(1, p.shape[1]) if apart > 1 else ():
-        boundary[:, t] &= ~boundary[:, max(0, t - apart + 1):t].any(1)
+    for t in range(1, p.shape[1] if least > 1 else 0):
+        boundary[:, t] &= ~boundary[:, max(0, t - least + 1):t].any(1)
     return p, boundary
 
 def chunk(h, boundary):
@@ -105,9 +106,9 @@ def ratio_loss(boundary, p, mask, n):
 # ---------------------------------------------------------------- network
 class Stage(nn.Module):
     """One H-Net stage around its main network: again a Stage, or at the top a stack of blocks. widths: of this stage and those above."""
-    def __init__(self, widths, stages, layers, apart=1):
+    def __init__(self, widths, stages, layers, least=1, apart=1):
         super().__init__()
-        d, self.apart, self.every = widths[0], apart, 0
+        d, self.least, self.apart, self.every = widths[0], max(least, apart), apart, 0
         blocks = lambda n, width: nn.Sequential(*[Block(width) for _ in range(n)])
         self.encoder, self.decoder = blocks(layers, d).append(nn.RMSNorm(d, elementwise_affine=False)), blocks(layers, d)
         self.q, self.k, self.residual = (nn.Linear(d, d, bias=False) for _ in range(3))
@@ -117,7 +118,7 @@ class Stage(nn.Module):
     def forward(self, x, mask):
         """x (B, L, D), mask (B, L) -> output (B, L, D) and the Routing of this stage and of all above it."""
         h = self.encoder(x)
-        p, boundary = route(self.q(h), self.k(h), mask, self.apart)
+        p, boundary = route(self.q(h), self.k(x), mask, self.least, self.apart)      # H-Net has k(h); k(x) is what comes, q(h) foretells it
         if self.every:                                                              # a control: cut uniformly instead
             boundary = mask & (torch.arange(mask.shape[1], device=mask.device) % self.every == 0)
         z, inner_mask, position = chunk(h, boundary)
@@ -128,19 +129,18 @@ class Stage(nn.Module):
 
 class HNet(nn.Module):
     """Standardised latents z (B, L, latent), mask (B, L) -> at t a prediction of z_{t+1}, and the routings of all stages."""
-    def __init__(self, latent, widths, stages, layers, gap=1):
+    def __init__(self, latent, widths, stages, layers, least=1, gap=1):
         super().__init__()
         self.embed, self.head, self.overlap = nn.Linear(latent, widths[0], bias=False), nn.Linear(widths[0], latent), gap > 1
         nn.init.orthogonal_(self.embed.weight), [nn.init.zeros_(p) for p in self.head.parameters() if self.overlap]    # keeps k's angles
-        self.stage, self.norm = Stage(widths + widths[-1:], stages, layers, max(1, gap // 2)), nn.RMSNorm(widths[0])   # k frames a latent
+        self.stage, self.norm = Stage(widths + widths[-1:], stages, layers, least, max(1, gap // 2)), nn.RMSNorm(widths[0])
     def forward(self, z, mask):
         y, routings = self.stage(self.embed(z), mask)
         return self.head(self.norm(y)) + z * self.overlap, routings                  # where latents overlap, the next is nearly the last
 
 def frame_rate(routings):
     """Every stage at frame rate: boundaries, list of (B, L) bool, and every frame's skill, list of (B, L, D) (HiLAM: k_t = cumsum b)."""
-    boundaries, skills = [], []
-    inner = torch.ones_like(routings[0].boundary)                                   # the frames at which this stage has a position
+    boundaries, skills, inner = [], [], torch.ones_like(routings[0].boundary)       # inner: the frames at which this stage has a position
     for r in routings:
         rank = (inner.long().cumsum(1) - 1).clamp_min(0)                            # which position of this stage a frame belongs to
         inner = inner & r.boundary.gather(1, rank)
@@ -171,17 +171,16 @@ def get_batch(sets, latents, gap, count, window, rng, episodes):
     return torch.from_numpy(z[:, :longest]), torch.from_numpy(mask[:, :longest]), rows[:, :longest], source
 
 def losses(model, fdm, batch, sets, args, scale, rng, device):
-    """The loss of a batch; L_latent, L_rec, and F and G of every stage. scale: what standardised the latents, mean and deviation."""
+    """The loss of a batch; L_latent, L_rec, and F and G of every stage. scale (sets, 2, D): mean and deviation of latents."""
     z, mask, rows, source = *(x.to(device) for x in batch[:2]), *batch[2:]
-    (prediction, routings), valid = model(z, mask), mask[:, 1:]
+    (prediction, routings), valid, rec = model(z, mask), mask[:, 1:], torch.zeros((), device=device)
     latent = (prediction[:, :-1] - z[:, 1:]).abs()[valid].mean() * (valid.sum() / pooled(valid.sum()))     # L_latent, l1
-    rec = torch.zeros((), device=device)
     if fdm is not None:                                                             # L_rec at 32 positions: I_{t+1+k} from I_{t+1} and the
         pick = rng.permutation(np.flatnonzero(valid.cpu().numpy()))[:32]            # PREDICTED latent; the frozen FDM passes gradients
         b, t = np.unravel_index(np.sort(pick), valid.shape)                         # sorted: set after set, as in rows
         at = [(s, rows[b, t + 1][source[b] == i]) for i, s in enumerate(sets)]
         now, future = (torch.cat([lam.images(s, r + gap, fdm.wrist, device) for s, r in at]) for gap in (0, fdm.gap))
-        rec = lam.ratio(fdm(now, prediction[b, t] * scale[1] + scale[0]), future, now)
+        rec = lam.ratio(fdm(now, prediction[b, t] * scale[source[b], 1] + scale[source[b], 0]), future, now)
     ratios = [ratio_loss(r.boundary, r.probability, r.mask, n) for r, n in zip(routings, args.chunk)]
     total = latent + args.rec * rec + args.ratio * sum(x[0] for x in ratios)
     return total, pooled(torch.stack([latent.detach(), rec.detach(), *(x.detach() for _, f, g in ratios for x in (f, g))])).tolist()
@@ -259,11 +258,10 @@ def evaluate(fdm, sets, latents, boundaries, predictions, args, scale, gap, devi
     l1, copy = (sum(np.abs(z[r + 1] - g[r]).sum() for z, g, r in zip(latents, guess, rows)) for guess in (predictions, latents))
     kept = sum(b[s.rows(s.split("val"), gap)].sum(0) for s, b in zip(sets, boundaries))
     total = sum(len(s.rows(s.split("val"), gap)) for s in sets)
-    for dataset, prediction, r in zip(sets, predictions, rows if fdm else []):
+    for dataset, prediction, r, (mean, spread) in zip(sets, predictions, rows if fdm else [], scale):
         for part in np.array_split(r[::8], max(1, len(r) // 2048)):
             now, future = (lam.images(dataset, part + 1 + k, fdm.wrist, device) for k in (0, gap))
-            z = torch.from_numpy(prediction[part]).to(device) * scale[1] + scale[0]
-            frames.append(lam.ratio(fdm(now, z), future, now).item())
+            frames.append(lam.ratio(fdm(now, torch.from_numpy(prediction[part]).to(device) * spread + mean), future, now).item())
     return dict(latent_l1_over_copy=float(l1 / copy), frame_error_predicted_latent=float(np.mean(frames)) if frames else None,
                 chunk_rate=(kept / np.append(total, kept[:-1])).tolist(), target_rate=[1 / n for n in args.chunk])
 
@@ -272,7 +270,7 @@ def rollout(model, fdm, sets, latents, scale, device, seen=24, jumps=8):
     """Recursion on held-out videos (HiLAM, figure 5): after `seen` true latents each is predicted from predicted ones, a frame drawn from
     a drawn one. Returns the errors of frames 1 .. jumps (k apart) over copying the last one known, and rows for draw()."""
     rows, errors, last = [], [], seen - 1 + fdm.gap                                 # the newest frame that the true latents know
-    for dataset, latent in zip(sets, latents):
+    for dataset, latent, (mean, spread) in zip(sets, latents, scale):
         start = dataset.start[e := dataset.split("val")][dataset.length[e] > last + jumps * fdm.gap]
         if not len(start):
             continue
@@ -282,7 +280,7 @@ def rollout(model, fdm, sets, latents, scale, device, seen=24, jumps=8):
         true = [lam.images(dataset, start + last + j * fdm.gap, fdm.wrist, device) for j in range(jumps + 1)]
         drawn = true[:1]
         for j in range(jumps):
-            drawn.append(fdm(drawn[-1], z[:, last + j * fdm.gap] * scale[1] + scale[0]).clamp(0, 1))
+            drawn.append(fdm(drawn[-1], z[:, last + j * fdm.gap] * spread + mean).clamp(0, 1))
         errors.append([lam.ratio(a, b, true[0]).item() for a, b in zip(drawn[1:], true[1:])])
         show = lambda x: upright(dataset, torch.stack(x)[:, 0, :3].mul(255).byte().permute(0, 2, 3, 1).cpu().numpy())
         rows += [(f"{dataset.name}, true", show(true)), (f"{dataset.name}, predicted", show(drawn))]
@@ -311,13 +309,15 @@ def main():
         fdm, gap = model.fdm.to(device).requires_grad_(False), record["args"]["gap"]
         fdm.wrist, fdm.gap = record["args"]["wrist"], gap
     fdm and args.rec or print(f"the reconstruction loss is off: {'--rec 0' if fdm else f'no FDM for these latents, {lam_path} is missing'}")
-    latents, *scale = standardise(raw, [s.rows(s.split("train"), gap) for s in sets])       # else adjacent latents are parallel: no cuts
-    scale = [x.float().to(device) for x in scale]
+    used = [z[s.rows(s.split("train"), gap)] for s, z in zip(sets, raw)]            # else adjacent latents are parallel: no cuts
+    scale = np.stack([[z.mean(0), np.full(z.shape[1], z.var(0).mean() ** 0.5 + 1e-6)] for z in used]).astype(np.float32)
+    latents, scale = [((z - m) / d).astype(np.float32) for z, (m, d) in zip(raw, scale)], torch.from_numpy(scale).to(device)
     widths = args.width * (len(args.chunk) + 1) if len(args.width) == 1 else args.width
-    model = HNet(raw[0].shape[1], widths, len(args.chunk), args.layers, gap).to(device)
-    slow = lambda name: any(part in name for part in ("embed", "encoder", ".k."))    # k stays near the latents; q, free to learn, foretells
-    groups = [dict(params=[p for n, p in model.named_parameters() if slow(n) == s], share=args.slow if s else 1.0) for s in (True, False)]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.01)             # k: a boundary is where that fails
+    model = HNet(raw[0].shape[1], widths, len(args.chunk), args.layers, args.least, gap).to(device)
+    # k stays near the latents; q and, less freely, the encoders learn to foretell it. A boundary is where that fails.
+    share = lambda name: args.slow[0] if "embed" in name or ".k." in name else args.slow[1] if "encoder" in name else 1.0
+    groups = [dict(params=[p for n, p in model.named_parameters() if share(n) == f], share=f) for f in sorted({*args.slow, 1.0})]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.01)
     path, episodes, seen = Path(args.out, "skills.pt"), [[e for e in s.split("train") if s.length[e] > gap + 1] for s in sets], []
     first, begin = resume(path, "skills", args, model, optimizer)
     for step in tqdm(range(first, args.steps), "skills", initial=first, total=args.steps, disable=None):
