@@ -41,7 +41,7 @@ def get_args(argv=None):
     add = parser.add_argument_group("loss and optimizer").add_argument
     add("--rec", type=float, default=0.1, help="weight of the frame reconstruction loss; 0 switches it off (default: %(default)s)")
     add("--ratio", type=float, default=0.1, help="weight of the chunk ratio loss; 0.03 in H-Net (default: %(default)s)")
-    add("--slow", type=float, nargs=2, default=[0.03, 0.3], help="learning rates over that of the rest: embedding and k; encoders")
+    add("--slow", type=float, nargs=2, default=[0.03, 0.3], help="learning rate of embedding and k, and of encoders, over the rest's")
     add("--batch", type=int, default=16, help="episodes a step, shared equally by the sets (default: %(default)s)")
     add("--window", type=int, default=128, help="frames of an episode seen at a time (default: %(default)s)")
     add("--lr", type=float, default=1e-3, help="peak learning rate of AdamW (default: %(default)s)")
