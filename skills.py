@@ -11,7 +11,7 @@ the stage above it; what comes back is spread over the frames again, and the who
     z = D(DeChunk(M(z'); b, p) * ste(c) + R(h))       main network (again a stage, or at the top a causal transformer), then the decoder
     loss = L_latent + rec * L_rec + ratio * L_ratio   next latent; next frame drawn by the frozen FDM; chunk rate near 1/N
 
-    python skills.py                                  # toy world, two minutes on two CPU cores
+    python skills.py                                  # toy world, a minute and a half on two CPU cores
     python skills.py --data data/libero_10 --out out/libero_10 --chunk 20 3
 
 Writes OUT/skills.pt, and for every packed set OUT/skills1.SET.npy, skills2.SET.npy (T, width: the skill of every frame),
@@ -41,7 +41,7 @@ def get_args(argv=None):
     add = parser.add_argument_group("loss and optimizer").add_argument
     add("--rec", type=float, default=0.1, help="weight of the frame reconstruction loss; 0 switches it off (default: %(default)s)")
     add("--ratio", type=float, default=0.1, help="weight of the chunk ratio loss; 0.03 in H-Net (default: %(default)s)")
-    add("--slow", type=float, nargs=2, default=[0.03, 0.3], help="learning rate of embedding and k, and of encoders, over the rest's")
+    add("--slow", type=float, nargs=2, default=[0.03, 0.3], help="share of --lr: of embedding and k, of encoders (default: %(default)s)")
     add("--batch", type=int, default=16, help="episodes a step, shared equally by the sets (default: %(default)s)")
     add("--window", type=int, default=128, help="frames of an episode seen at a time (default: %(default)s)")
     add("--lr", type=float, default=1e-3, help="peak learning rate of AdamW (default: %(default)s)")
@@ -71,11 +71,11 @@ def ste(c):
     return c + (1 - c).detach()
 def route(q, k, mask, least=1, apart=1):
     """Boundary probability and boundaries, (B, L), from q, k (B, L, D) (H-Net, eq. 4). The first position is always one, padding never.
-    No chunk is shorter than least. apart above 1, where adjacent vectors overlap: k is compared with q that many positions before."""
+    No chunk is shorter than least or apart. apart above 1, where adjacent vectors overlap: k meets q of so many positions before."""
     q = F.pad(q[:, :1 - apart], (0, 0, apart - 1, 0), "replicate") if apart > 1 else q
     p = torch.cat([q.new_ones(len(q), 1), (1 - Cosine.apply(q, k)) / 2], 1)         # (B, L)
     boundary = (p >= 0.5) & mask
-    for t in range(1, p.shape[1] if least > 1 else 0):
+    for t in range(1, p.shape[1] if (least := max(least, apart)) > 1 else 0):
         boundary[:, t] &= ~boundary[:, max(0, t - least + 1):t].any(1)
     return p, boundary
 
@@ -108,7 +108,7 @@ class Stage(nn.Module):
     """One H-Net stage around its main network: again a Stage, or at the top a stack of blocks. widths: of this stage and those above."""
     def __init__(self, widths, stages, layers, least=1, apart=1):
         super().__init__()
-        d, self.least, self.apart, self.every = widths[0], max(least, apart), apart, 0
+        d, self.least, self.apart, self.every = widths[0], least, apart, 0
         blocks = lambda n, width: nn.Sequential(*[Block(width) for _ in range(n)])
         self.encoder, self.decoder = blocks(layers, d).append(nn.RMSNorm(d, elementwise_affine=False)), blocks(layers, d)
         self.q, self.k, self.residual = (nn.Linear(d, d, bias=False) for _ in range(3))

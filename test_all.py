@@ -34,13 +34,13 @@ def random_hnet(widths, latent=5):
     model = skills.HNet(latent, list(widths), len(widths) - 1, 1, 3, 4 * (len(widths) > 3)).requires_grad_(False)
     [parameter.normal_(std=0.3) for parameter in model.parameters()]
     return model.eval()
-@pytest.mark.parametrize("least, apart", [(1, 1), (4, 1), (3, 3)])
+@pytest.mark.parametrize("least, apart", [(1, 1), (4, 1), (1, 3)])
 def test_route(least, apart):
     q, k, mask = *torch.randn(2, 2, 20, 3, generator=torch.Generator().manual_seed(0)), torch.arange(20) < torch.tensor([[20], [9]])
     p, boundary = skills.route(q, k, mask, least, apart)
     for b, t in np.ndindex(2, 20):
         expected = 1 if t == 0 else float(1 - torch.cosine_similarity(q[b, max(0, t - apart)], k[b, t], 0)) / 2
-        fresh = mask[b, t] and not boundary[b, max(0, t - least + 1):t].any()
+        fresh = mask[b, t] and not boundary[b, max(0, t - max(least, apart) + 1):t].any()
         assert p[b, t].item() == pytest.approx(expected, abs=1e-5) and boundary[b, t] == (expected >= 0.5 and fresh)
     assert torch.autograd.gradcheck(lambda *qk: skills.route(*qk, mask, least, apart)[0], [x.double().requires_grad_() for x in (q, k)])
 def test_chunk_and_dechunk_equal_the_loop():
