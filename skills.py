@@ -85,7 +85,6 @@ def chunk(h, boundary):
     position = (~boundary).int().argsort(dim=1, stable=True)[:, :int(count.max())]      # boundaries first, in order
     mask = torch.arange(position.shape[1], device=h.device) < count[:, None]
     return h.gather(1, position[..., None].expand(-1, -1, h.shape[-1])), mask, position
-
 def dechunk(x, p, boundary, position):
     """Smooth the chunks and spread them over their positions: y_m = (1 - p_m) y_{m-1} + p_m x_m; out_t = ste(c_t) y of t's chunk, with the
     confidence c_t = p_t at boundaries, 1 - p_t elsewhere (H-Net, eq. 5-9). x (B, M, D), p and boundary (B, L) -> (B, L, D).
@@ -96,7 +95,6 @@ def dechunk(x, p, boundary, position):
     index = boundary.long().cumsum(1).sub(1).clamp_min(0) + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
     y = F.embedding(index, y.flatten(0, 1))                                         # (B, L, D): every position has its chunk's row
     return y * ste(torch.where(boundary, p, 1 - p))[..., None].to(x.dtype)
-
 def ratio_loss(boundary, p, mask, n):
     """N/(N-1) ((N-1) F G + (1-F)(1-G)) with F the share of boundaries and G the mean probability (H-Net, eq. 10). Returns loss, F, G."""
     count = pooled(mask.sum())
@@ -167,8 +165,7 @@ def get_batch(sets, latents, gap, count, window, rng, episodes):
         rows = dataset.start[e][:, None] + np.minimum(t, length - 1)
         parts.append([x[RANK::WORLD] for x in (latent[rows], t < length, rows, np.full(len(e), i))])
     z, mask, rows, source = map(np.concatenate, zip(*parts))
-    longest = mask.sum(1).max()
-    return torch.from_numpy(z[:, :longest]), torch.from_numpy(mask[:, :longest]), rows[:, :longest], source
+    return torch.from_numpy(z[:, :(longest := mask.sum(1).max())]), torch.from_numpy(mask[:, :longest]), rows[:, :longest], source
 
 def losses(model, fdm, batch, sets, args, scale, rng, device):
     """The loss of a batch; L_latent, L_rec, and F and G of every stage. scale (sets, 2, D): mean and deviation of latents."""
@@ -204,6 +201,10 @@ def peaks(z, count):
     d = 1 - F.cosine_similarity(torch.from_numpy(z[1:]), torch.from_numpy(z[:-1])).numpy()
     top = find_peaks(np.pad(d, 1, constant_values=-1))[0]           # of the padded d: position t + 1 is between z_t and z_{t+1}
     return np.sort(top[np.argsort(-d[top - 1], kind="stable")[:count]])
+def whitening(x):
+    """A function that whitens vectors (N, D) by the mean and covariance of x (M, D), axes kept (ZCA): takes away what a body adds."""
+    value, axes = np.linalg.eigh(np.cov(x.T, bias=True))
+    return lambda v: (v - x.mean(0)) @ (axes * np.maximum(value, 1e-3 * value[-1] + 1e-9) ** -0.5) @ axes.T
 
 @torch.no_grad()
 def segment(model, dataset, latent, gap, device, batch=32):
@@ -224,13 +225,14 @@ def segment(model, dataset, latent, gap, device, batch=32):
 
 def score(sets, latents, boundaries, skills, gap):
     """Figures of every stage on held-out episodes, lists with one number a stage: boundary F1 and its controls; NMI of clustered skill
-    vectors with the true phase; share of segments whose nearest one in another episode, in another set, has the same phase."""
+    vectors with the true phase; share of segments whose nearest (cosine, whitened) in another episode, in another set, has its phase."""
     keys = [f"{what}_f1{control}" for what in ("boundary", "gripper") for control in ("", "_uniform", "_random", "_peaks")]
     more = ["skill_nmi", "skill_retrieval", "skill_retrieval_other_set"]
     figures, rng, stages = {key: [] for key in keys + more}, np.random.default_rng(0), boundaries[0].shape[1]
     known = [i for i, dataset in enumerate(sets) if dataset.truth("phase") is not None]
     for stage in range(stages if known else 0):
         pairs, pieces, frames = {key: [] for key in keys}, [], []
+        white = {i: whitening(skills[i][stage][(r := sets[i].rows(sets[i].split("train"), gap))[boundaries[i][r, stage]]]) for i in known}
         for i, e in [(i, e) for i in known for e in sets[i].split("val")]:
             r = slice(start := sets[i].start[e], start + (n := sets[i].length[e] - gap))
             found, phase = np.flatnonzero(boundaries[i][r, stage]), np.asarray(sets[i].truth("phase")[r])
@@ -239,13 +241,14 @@ def score(sets, latents, boundaries, skills, gap):
             true = [events(phase, sets[i].phases, gripper) for gripper in (False, True)]
             [pairs[key].append((cut, event)) for key, (event, cut) in zip(keys, itertools.product(true, cuts))]
             frames.append((vectors := skills[i][stage][r], phase))
-            pieces += [(vectors[a], np.bincount(phase[a:b]).argmax(), 10 ** 6 * i + e, i) for a, b in zip(found, np.append(found[1:], n))]
+            parts = zip(white[i](vectors[found]), found, np.append(found[1:], n))
+            pieces += [(v, np.bincount(phase[a:b]).argmax(), 10 ** 6 * i + e, i) for v, a, b in parts]
         [figures[key].append(f1(pairs[key])) for key in keys]
         vectors, phase = map(np.concatenate, zip(*frames))
         clusters = cluster.KMeans(len(np.unique(phase)), n_init=4, random_state=0).fit_predict(vectors)
         figures["skill_nmi"].append(metrics.normalized_mutual_info_score(phase, clusters))
         vectors, labels, episode, name = map(np.array, zip(*pieces))
-        n = F.normalize(torch.from_numpy(vectors - vectors.mean(0)), dim=1)
+        n = F.normalize(torch.from_numpy(vectors), dim=1)
         for key, group in zip(more[1:], (episode, name) if len(known) > 1 else (episode,)):
             near = (n @ n.T).masked_fill(torch.from_numpy(group[:, None] == group), -2).argmax(1).numpy()
             figures[key].append(float((labels[near] == labels).mean()))
@@ -271,8 +274,7 @@ def rollout(model, fdm, sets, latents, scale, device, seen=24, jumps=8):
     a drawn one. Returns the errors of frames 1 .. jumps (k apart) over copying the last one known, and rows for draw()."""
     rows, errors, last = [], [], seen - 1 + fdm.gap                                 # the newest frame that the true latents know
     for dataset, latent, (mean, spread) in zip(sets, latents, scale):
-        start = dataset.start[e := dataset.split("val")][dataset.length[e] > last + jumps * fdm.gap]
-        if not len(start):
+        if not len(start := dataset.start[e := dataset.split("val")][dataset.length[e] > last + jumps * fdm.gap]):
             continue
         z = torch.from_numpy(latent[start[:, None] + np.arange(seen)]).to(device)   # (E, seen, D), then longer and longer
         while z.shape[1] <= last + (jumps - 1) * fdm.gap:
@@ -290,8 +292,7 @@ def draw(path, sets, boundaries, more):
     """Film strip of a held-out video a set: stage-1 boundaries framed orange, stage-2 red (HiLAM, figure 4); below, rows of rollout()."""
     rows, marks = [], {}
     for dataset, b in zip(sets, boundaries):
-        e = dataset.split("val")[0]
-        for line in np.array_split(dataset.rows([e])[::2], -(-dataset.length[e] // 32)):
+        for line in np.array_split(dataset.rows([e := dataset.split("val")[0]])[::2], -(-dataset.length[e] // 32)):
             level = [b[t:t + 2].any(0).sum() for t in line]                         # how many stages cut here
             marks |= {(len(rows), c): ("orange", "red", "purple")[min(n, 3) - 1] for c, n in enumerate(level) if n}
             rows.append((dataset.name, upright(dataset, dataset.frames[line])))
@@ -342,8 +343,7 @@ def main():
         [write(Path(args.out, f"{key}.{dataset.name}.npy"), x) for key, x in arrays.items()]
     figures = evaluate(fdm, sets, latents, boundaries, predictions, args, scale, gap, device) | dict(rollout_error=errors)
     figures |= score(sets, latents, boundaries, skills, gap) | dict(seconds=time.time() - begin)
-    write(Path(args.out, "skills.json"), figures)
-    draw(Path(args.out, "skills.png"), sets, boundaries, more)
+    write(Path(args.out, "skills.json"), figures), draw(Path(args.out, "skills.png"), sets, boundaries, more)
     print("  ".join(f"{k} {np.round(v, 3)}" for k, v in figures.items() if v is not None))
 
 if __name__ == "__main__":

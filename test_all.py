@@ -17,8 +17,7 @@ def run(tmp_path_factory):
     return folder
 @pytest.fixture
 def out(run, tmp_path, monkeypatch):
-    monkeypatch.chdir(run)                                         # a copy of the run folder to work in; the data stay where they are
-    return Path(shutil.copytree("out/toy", tmp_path / "out"))
+    return monkeypatch.chdir(run) or Path(shutil.copytree("out/toy", tmp_path / "out"))    # a copy to work in; the data stay where they are
 def call(module, *words):                                          # call(lam, "--steps", 4): main() in this process
     with unittest.mock.patch.object(sys, "argv", [module.__name__, *map(str, words)]):
         module.main()
@@ -44,8 +43,7 @@ def test_route(least, apart):
         assert p[b, t].item() == pytest.approx(expected, abs=1e-5) and boundary[b, t] == (expected >= 0.5 and fresh)
     assert torch.autograd.gradcheck(lambda *qk: skills.route(*qk, mask, least, apart)[0], [x.double().requires_grad_() for x in (q, k)])
 def test_chunk_and_dechunk_equal_the_loop():
-    torch.manual_seed(0)
-    h, p, weight, results = torch.randn(3, 40, 5), 0.95 * torch.rand(3, 40), torch.randn(3, 40, 5), []
+    _, h, p, weight, results = torch.manual_seed(0), torch.randn(3, 40, 5), 0.95 * torch.rand(3, 40), torch.randn(3, 40, 5), []
     boundary = ((p >= 0.5) | (torch.arange(40) == 0)) & (torch.arange(40) < torch.tensor([[40], [40], [15]]))
     z, mask, position = skills.chunk(h, boundary)
     assert torch.equal(z[mask], h[boundary]) and mask.sum(1).tolist() == boundary.sum(1).tolist() and z.shape[1] == boundary.sum(1).max()
@@ -98,11 +96,14 @@ def test_odd_latents_and_warped_pairs():
     sum_, (x, y) = (idm := lam.IDM(6, 32, 8, 8, True))(a, b) + idm(b, a), lam.warp([a, a], 0.4)      # half of z is odd: z(a, b) = -z(b, a)
     assert sum_[:, :4].abs().max() < 1e-5 < 0.1 < sum_[:, 4:].abs().max() and idm(a, a)[:, :4].abs().max() < 1e-5
     assert torch.equal(x, y) and (x - a).abs().mean() > 0.05 and torch.allclose(lam.warp([a, b], 1e-6)[1], b, atol=1e-3)
-def test_probes_tell_motion_from_layout(run):
+def test_probes_and_scores_of_what_is_known(run):
     sets = [data.Packed(run / "data/toy" / name) for name in ("hand", "robot")]
     moved, placed = (lam.probe(sets, [np.array(s.truth(key)) for s in sets], 1) for key in ("motion", "layout"))
     assert min(moved["transfer_r2"]) > 0.99 and moved["gripper_f1"] > 0.9 and moved["layout_r2"] < 0.2
     assert max(placed["transfer_r2"]) < 0.5 and placed["gripper_f1"] < 0.5 and placed["layout_r2"] > 0.95
+    vectors = [[np.eye(8)[s.truth("phase")] * np.arange(1.0, 9) ** power + power] for s, power in zip(sets, (1, -1))]
+    found = skills.score(sets, [v for v, in vectors], [np.diff(v.argmax(1), prepend=-1)[:, None] != 0 for v, in vectors], vectors, 1)
+    assert found["skill_retrieval"] == found["skill_retrieval_other_set"] == [1]       # each body shifts and stretches the vectors its way
 def test_pack_round_trip_and_targets(tmp_path):
     rng = np.random.default_rng(0)
     arrays = [dict(frames=rng.integers(0, 256, (n, 16, 16, 3), np.uint8), actions=rng.random((n, 2), np.float32)) for n in (6, 9, 4)]
@@ -239,8 +240,7 @@ def test_interrupted_evaluation_goes_on(out):
     call(eval_libero, *words)
     text, report = log.read_text(), json.loads((out / "eval_toy_flat.json").read_text())
     assert text.startswith(changed) and second in text and report["success_rate"] == 0.5
-    call(eval_libero, *words)
-    assert log.read_text() == text                                 # now nothing was left to run
+    assert call(eval_libero, *words) or log.read_text() == text    # now nothing was left to run
 def test_success_and_its_interval(out, monkeypatch):
     monkeypatch.setattr(data.ToyWorld, "success", lambda world: (world.goals == data.TASKS[3]).all(1))
     call(eval_libero, "--out", out, "--variant", "flat", *TINY[eval_libero], "--execute", 2)
