@@ -11,7 +11,7 @@ that carries the future frame instead of the motion.
 Writes OUT/lam.pt, OUT/latents.SET.npy (T, latent) for every packed set, OUT/lam.json and OUT/lam.png.
 Expect on the toy world: FDM error near 0.13 of copying the current frame with the true latent, above 1.2 with a shuffled one, 0.9 at zero.
 """
-import argparse, os, random, sys, time
+import argparse, itertools, os, random, sys, time
 from pathlib import Path
 import numpy as np
 import torch
@@ -77,7 +77,6 @@ def descend(loss, optimizer, step, args):
     [p.grad.copy_(pooled(p.grad)) for p in used if WORLD > 1]
     nn.utils.clip_grad_norm_(used, 1.0)
     optimizer.step()
-
 def save_checkpoint(path, stage, args, step, model, optimizer, begin, **more):
     record = dict(stage=stage, args=vars(args), step=step, model=model.state_dict(), optimizer=optimizer.state_dict())
     write(path, record | dict(seconds=time.time() - begin) | more)
@@ -114,6 +113,7 @@ def get_args(argv=None):
     parser = stage_parser(__doc__, steps=1500)
     add = parser.add_argument_group("latent action, model and optimizer").add_argument
     add("--gap", type=int, default=1, help="k: frames between the two that the IDM sees (default: %(default)s; UniSkill on LIBERO: 20-40)")
+    add("--shorter", type=int, nargs="+", metavar="K", help="learn shorter gaps too, in equal shares: they time actions better (policy.py)")
     add("--latent", type=int, default=8, help="width of the latent action; UniSkill: 64 (default: %(default)s)")
     add("--bottleneck", choices=["plain", "noise"], default="plain", help="noise adds N(0, 0.1) to z in training (default: %(default)s)")
     add("--wrist", action="store_true", help="the models also see and draw the wrist camera")
@@ -134,7 +134,6 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(cin, cout, 3, stride, 1), nn.GroupNorm(8, cout)
         self.film = nn.Linear(condition, 2 * cout) if condition else None
-
     def forward(self, x, condition=None):
         x = self.norm(self.conv(x))
         if self.film is not None:
@@ -150,7 +149,6 @@ class Block(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width, bias=False))
         nn.init.zeros_(self.proj.weight), nn.init.zeros_(self.mlp[2].weight)        # so that the router first sees the latents as they are
-
     def forward(self, x):
         b, l, d = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(b, l, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
@@ -167,7 +165,6 @@ class IDM(nn.Module):
         self.body = nn.Sequential(ConvBlock(2 * channels * self.patch ** 2, width), ConvBlock(width, 2 * width, 2),
                                   ConvBlock(2 * width, 4 * width, 2), ConvBlock(4 * width, 2 * width),
                                   nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, latent))
-
     def forward(self, now, future):
         see = lambda a, b: self.body(F.pixel_unshuffle(torch.cat([a - 0.5, 4 * (b - a)], 1), self.patch))
         z, n = see(now, future), self.odd
@@ -187,7 +184,6 @@ class FDM(nn.Module):
         self.last = ConvBlock(width, width, 1, 4 * width)
         self.out = nn.Conv2d(width, c, 3, 1, 1)
         nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)   # at the start the prediction is the current frame
-
     def forward(self, now, z):
         z, x, skips = self.embed(z), F.pixel_unshuffle(now - 0.5, self.patch), []
         for block in self.down:
@@ -212,10 +208,12 @@ def images(dataset, rows, wrist, device):
     return torch.from_numpy(x).to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
 
 def get_batch(sets, index, args, rng, device):
-    """Frames t and t+k, (B, C, S, S) each; every set gives the same share, however long it is. --reverse swaps every second pair."""
+    """Frames t and t+k, (B, C, S, S) each, and where each k is, a list. All sets give equal shares. --reverse swaps every other pair."""
     rows = [rng.choice(i, WORLD * -(-args.batch // len(sets)))[RANK::WORLD] for i in index]
-    early, late = (args.gap * (np.arange(len(rows[0])) % 2 * args.reverse == i) for i in (1, 0))
-    return [torch.cat([images(s, r + gap, args.wrist, device) for s, r in zip(sets, rows)]) for gap in (early, late)]
+    gaps = np.resize(np.repeat([args.gap, *(args.shorter or [])], 2), len(rows[0]))        # two and two: forwards and backwards
+    early, late = (gaps * (np.arange(len(gaps)) % 2 * args.reverse == i) for i in (1, 0))
+    frames = [torch.cat([images(s, r + gap, args.wrist, device) for s, r in zip(sets, rows)]) for gap in (early, late)]
+    return *frames, [np.flatnonzero(np.tile(gaps, len(sets)) == k) for k in np.unique(gaps)] if args.shorter else [slice(None)]
 
 def warp(frames, amount):
     """A list of frames, each (B, C, S, S), under one random affine map a sample and camera: motion's code must not hang on the view."""
@@ -223,7 +221,6 @@ def warp(frames, amount):
     turn, shift = torch.randn(shape[0], 2, 2).clamp(-2, 2) / 2, torch.rand(shape[0], 2, 1) - 0.5
     grid = F.affine_grid(torch.cat([torch.eye(2) + amount * turn, amount * shift], 2).to(frames[0].device), shape, False)
     return [F.grid_sample(x.reshape(shape), grid, "bilinear", "border", False).view_as(x) for x in frames]
-
 def ratio(prediction, future, now):
     """Squared error in units of the error of copying the current frame: 0 is perfect, 1 is what no model at all reaches."""
     return F.mse_loss(prediction, future) / pooled(F.mse_loss(now, future)).clamp_min(1e-8)
@@ -276,11 +273,11 @@ def probe(sets, latents, gap):
     return figures
 
 @torch.no_grad()
-def encode(model, dataset, args, device, batch=256):
+def encode(model, dataset, gap, args, device, batch=256):
     """Latents of every row, (T, latent) float32; zeros for the last k frames of an episode, which have no frame t+k."""
-    out, rows = np.zeros((dataset.total, args.latent), np.float32), dataset.rows(np.arange(len(dataset.start)), args.gap)
+    out, rows = np.zeros((dataset.total, args.latent), np.float32), dataset.rows(np.arange(len(dataset.start)), gap)
     for part in tqdm(np.array_split(rows, max(1, len(rows) // batch)), f"latents {dataset.name}", disable=None):
-        out[part] = model.idm(images(dataset, part, args.wrist, device), images(dataset, part + args.gap, args.wrist, device)).cpu().numpy()
+        out[part] = model.idm(images(dataset, part, args.wrist, device), images(dataset, part + gap, args.wrist, device)).cpu().numpy()
     return out
 
 @torch.no_grad()
@@ -319,6 +316,7 @@ def main():
     device, sets, path = setup(args), open_sets(args.data), Path(args.out, "lam.pt")
     args.data_checksum = fingerprint(*[s.frames for s in sets])
     index = [s.rows(s.split("train"), args.gap) for s in sets]
+    max(args.shorter or [0]) < args.gap or fail(f"--shorter {max(args.shorter)}: not shorter than --gap {args.gap}")
     all(map(len, index)) or fail(f"--gap {args.gap} is longer than every episode of a set")
     model = LAM(vars(args), sets[0].frames.shape[1]).to(device, memory_format=torch.channels_last)     # twice as fast on CPU
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)
@@ -326,12 +324,13 @@ def main():
     (first, begin), loading, seen = resume(path, "lam", args, model, optimizer), 0.0, []
     for step in tqdm(range(first, args.steps), "lam", initial=first, total=args.steps, disable=None):
         mark, rng = time.time(), step_rng(args.seed, step)
-        now, future = get_batch(sets, index, args, rng, device)
+        now, future, parts = get_batch(sets, index, args, rng, device)
         loading += time.time() - mark
         with torch.autocast(device.type, torch.bfloat16, args.bf16):
             z = model.idm(*warp([now, future], args.warp) if args.warp else (now, future))
             z = z + 0.1 * torch.randn_like(z) if args.bottleneck == "noise" else z
-            loss = ratio(model.fdm(now, z), future, now)
+            drawn = model.fdm(now, z)
+            loss = sum(ratio(drawn[i], future[i], now[i]) for i in parts) / len(parts)      # of every k alike
         descend(loss, optimizer, step, args)
         seen.append(pooled(loss).item())
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
@@ -339,8 +338,9 @@ def main():
             tqdm.write(f"step {step + 1:6d}  error/copy {np.mean(seen[-args.log_every:]):.4f}  {speed:.0f} frames/s  loading {share:.0f} %")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             save_checkpoint(path, "lam", args, step + 1, model, optimizer, begin)
-    for dataset, z in zip(sets, latents := [encode(model, s, args, device) for s in sets]):
-        write(Path(args.out, f"latents.{dataset.name}.npy"), z)
+    for (key, k), s in itertools.product([("", args.gap), *((k, k) for k in args.shorter or [])], sets):
+        write(Path(args.out, f"latents{key}.{s.name}.npy"), encode(model, s, k, args, device))
+    latents = [np.load(Path(args.out, f"latents.{s.name}.npy")) for s in sets]
     figures = evaluate(model, sets, latents, args, device) | dict(seconds=time.time() - begin)
     write(Path(args.out, "lam.json"), figures)
     draw(Path(args.out, "lam.png"), model, sets, latents, args, device)

@@ -190,7 +190,6 @@ def augment(images, amount):
     x = x[torch.arange(b * n, device=x.device)[:, None, None], :, dy[:, :, None], dx[:, None, :]]         # (B * cameras, S, S, 3)
     gain, offset = 0.8 + 0.4 * torch.rand(2, b, 1, 1, 1, 1, device=x.device)
     return ((x.permute(0, 3, 1, 2).view(b, n, c, s, s) - 0.5) * gain + 0.5 * offset).clamp(0, 1)
-
 def load_stage(dataset, out, stage, control=None):
     """Vectors of a stage at frame rate, (T, D): 0 the latent actions, 1 and up the skills of stage 2, or what --control makes of them."""
     if stage == 0:
@@ -207,7 +206,6 @@ def load_stage(dataset, out, stage, control=None):
 def l1(prediction, target, mask):
     """Mean absolute error over (B, chunk, D) where mask (B, chunk): targets past an episode's end do not count."""
     return ((prediction - target).abs().mean(-1) * mask).sum() / pooled(mask.sum()).clamp_min(1)
-
 def train(agent, labels, args, path, stage, device, objective):
     """The loop of both phases. objective(batch) -> dict of losses, whose sum is descended. Returns the last means and the seconds."""
     optimizer = torch.optim.AdamW([p for p in agent.parameters() if p.requires_grad], lr=args.lr, weight_decay=1e-3, fused=True)
@@ -250,7 +248,6 @@ def pretrain(args, sets, skill, action, device):
         terms = dict(skill=l1(told[:, None], label[:, None], torch.ones_like(mask[:, :1]))) if skill else {}
         return terms | dict(latent=l1(agent(images, tokens, None, told.detach() if skill else None), target, mask))
     return agent, path.stem, *train(agent, labels, own, path, "policy_pretrain", device, objective)
-
 def finetune(args, sets, pretrained, device):
     """The acting level on labelled demonstrations. The high level stays as pretraining left it; without pretraining it is trained along."""
     labelled = [s for s in sets if s.actions is not None] or fail("none of the packed sets has actions: nothing to fine-tune on")
@@ -271,16 +268,18 @@ def finetune(args, sets, pretrained, device):
     own = argparse.Namespace(**vars(args) | dict(lr=args.finetune_lr if pretrained else args.lr, data_checksum=fingerprint(*used, *old)))
     objective = lambda images, tokens, proprio, target, mask, _: dict(action=l1(agent(images, tokens, proprio), target, mask))
     return agent, name, *train(agent, labels, own, Path(args.out, f"{name}.pt"), "policy", device, objective)
-
 def decoded(args, sets, labels):
     """The video as Labels with actions that kernel ridge regression, fitted on the demonstrations in labels, reads from latents k before to
-    k after, and from proprio where all sets have it. (VPT, Baker et al. 2022, labels video with an IDM trained on actions; here the IDM
-    saw none, only its reading does.)"""
-    rows, around, robots = [s.rows(s.split("train"), args.gap) for s in sets], {}, all(s.proprio is not None for s in sets)
-    inputs = [load_stage(s, args.out, 0) for s in sets], [s.proprio if robots else np.zeros((s.total, 1)) for s in sets]
-    for s, z, body in zip(sets, *(standardise(x, rows)[0] for x in inputs)):     # around (T, 5 D + P); an episode's ends repeat
-        first, last = (np.repeat(x, s.length)[:, None] for x in (s.start, s.start + np.maximum(s.length - 1 - args.gap, 0)))
-        z = z[np.clip(np.arange(s.total)[:, None] + np.arange(-2, 3) * args.gap // 2, first, last)].reshape(s.total, -1)
+    k after, for every k of stage 1, and from proprio where all sets have it. (VPT, Baker et al. 2022, labels video with an IDM trained on
+    actions; here the IDM saw none, only its reading does.)"""
+    around, robots, gaps = {}, all(s.proprio is not None for s in sets), [args.gap, *(args.shorter or [])]
+    inputs = [[load_latents(s, args.out, k if k != args.gap else "") for s in sets] for k in gaps]
+    inputs.append([s.proprio if robots else np.zeros((s.total, 1)) for s in sets])
+    scaled = [standardise(x, [s.rows(s.split("train"), k) for s in sets])[0] for x, k in zip(inputs, gaps + [args.gap])]
+    for s, *z, body in zip(sets, *scaled):                                       # around (T, 5 D a k + P); an episode's ends repeat
+        ends = lambda k: (np.repeat(x, s.length)[:, None] for x in (s.start, s.start + np.maximum(s.length - 1 - k, 0)))
+        at = lambda k: np.clip(np.arange(s.total)[:, None] + np.arange(-2, 3) * k // 2, *ends(k))
+        z = np.concatenate([x[at(k)].reshape(s.total, -1) for x, k in zip(z, gaps)], 1)
         around[s.name] = np.concatenate([z, 0.5 * body * (z.shape[1] / body.shape[1]) ** 0.5], 1)      # proprio: a fifth of the variance
     x, y = (np.concatenate(c) for c in zip(*[(around[part.dataset.name][part.rows], part.target[part.rows]) for part in labels]))
     pick = np.random.default_rng(args.seed).permutation(len(x))[:10_000]         # time is cubic in their number
@@ -333,10 +332,11 @@ def main():
     def note(agent, name, losses, seconds):                                      # losses are empty when nothing was left to train
         losses and [figures[key].update({name: value}) for key, value in (("losses", losses), ("seconds", seconds))]
         return write(report, figures) or agent
-    args.gap = load_checkpoint(lam, "lam")["args"]["gap"] if (lam := Path(args.out, "lam.pt")).exists() else 0
+    first = load_checkpoint(lam, "lam")["args"] if (lam := Path(args.out, "lam.pt")).exists() else {}
+    args.gap, args.shorter = first.get("gap", 0), first.get("shorter")
     for variant, demos in itertools.product(args.variant, args.demos):
         control = None if None in (pair := VARIANTS[variant]) else args.control
-        unused = dict.fromkeys(("video", "pretrain_steps", "finetune_lr", "gap")) if pair[1] is None else {}
+        unused = dict.fromkeys("video pretrain_steps finetune_lr gap shorter".split() if pair[1] is None else ())
         own = argparse.Namespace(**vars(args) | dict(variant=variant, demos=demos, control=control) | unused)
         own.suffix = "".join(f"_{x}" for x in (*sorted({*(own.video or [])}), own.control) if x)
         if pair[1] is not None and pair not in pretrained:

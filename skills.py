@@ -148,9 +148,9 @@ def frame_rate(routings):
     return boundaries, skills
 
 # ---------------------------------------------------------------- data
-def load_latents(dataset, out):
-    """Latents of a packed set: those stage 1 wrote into out, or latents.npy inside the set, from any other LAM. Returns (T, D) float32."""
-    for path in filter(Path.exists, (Path(out, f"latents.{dataset.name}.npy"), dataset.path / "latents.npy")):
+def load_latents(dataset, out, k=""):
+    """Latents (T, D) of a packed set: those stage 1 wrote into out, or latents.npy inside the set, from any other LAM. k: of --shorter."""
+    for path in filter(Path.exists, (Path(out, f"latents{k}.{dataset.name}.npy"), dataset.path / f"latents{k}.npy")):
         if len(z := np.load(path)) != dataset.total or not np.isfinite(z).all():
             fail(f"{path}: {len(z)} latents for {dataset.total} frames, or a NaN among them: run `python lam.py` again")
         return z

@@ -11,16 +11,14 @@ TINY = {lam: ["--steps", 4, "--save-every", 2, "--batch", 8], skills: ["--steps"
 WIDTHS = pytest.mark.parametrize("widths", [[16, 16, 16], [16, 20, 24, 28]])       # two stages, k = 1; three that grow, k = 4
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")                        # a tiny toy set in data/toy, and all four stages run on it, in out/toy
-    data.pack_toy(folder / "data/toy", hand=12, demos=2)
+    data.pack_toy((folder := tmp_path_factory.mktemp("run")) / "data/toy", hand=12, demos=2)       # a tiny toy set; all stages run on it
     [subprocess.run([sys.executable, module.__file__, *map(str, words)], cwd=folder, check=True) for module, words in TINY.items()]
     return folder
 @pytest.fixture
 def out(run, tmp_path, monkeypatch):
     return monkeypatch.chdir(run) or Path(shutil.copytree("out/toy", tmp_path / "out"))    # a copy to work in; the data stay where they are
 def call(module, *words):                                          # call(lam, "--steps", 4): main() in this process
-    with unittest.mock.patch.object(sys, "argv", [module.__name__, *map(str, words)]):
-        module.main()
+    with unittest.mock.patch.object(sys, "argv", [module.__name__, *map(str, words)]): module.main()
 def error(module, *words):                                         # main() must leave with status 2 and one line on stderr, returned here
     with contextlib.redirect_stderr(io.StringIO()) as stderr, pytest.raises(SystemExit) as stop:
         call(module, *words)
@@ -112,19 +110,22 @@ def test_pack_round_trip_and_targets(tmp_path):
     assert [(e["start"], e["text"], e["split"]) for e in packed.episodes] == [(0, "a", "train"), (6, "b", "train"), (15, "c", "val")]
     assert all(np.array_equal(getattr(packed, key), np.concatenate([a[key] for a in arrays])) for key in ("frames", "actions"))
     assert all(packed.rows([0, 1], gap).tolist() == [s + j for s, n in ((0, 6), (6, 9)) for j in range(n - gap)] for gap in (0, 1, 5, 7))
-    args = [argparse.Namespace(batch=8, gap=2, wrist=False, reverse=on) for on in (False, True)]       # --reverse swaps every second pair
-    pairs = [lam.get_batch([packed], [packed.rows([0, 1], 2)], x, np.random.default_rng(0), "cpu") for x in args]
-    assert all(torch.equal(pairs[1][i ^ j][j::2], pairs[0][i][j::2]) for i in (0, 1) for j in (0, 1)) and not torch.equal(*pairs[0])
+    for back, k, gaps in ((0, None, [4] * 8), (1, None, [4, -4] * 4), (1, [1, 2], [4, -4, 1, -1, 2, -2, 4, -4])):     # --reverse, --shorter
+        args = argparse.Namespace(batch=8, gap=4, shorter=k, wrist=False, reverse=back)
+        *pair, parts = lam.get_batch([packed], [[0, 1, 6, 9]], args, rng, "cpu")
+        i, j = (np.abs(x.mean((1, 2, 3)).numpy()[:, None] - packed.frames.mean((1, 2, 3)) / 255).argmin(1) for x in pair)
+        assert (j - i).tolist() == gaps and all(len({*np.abs(j - i)[part]}) == 1 for part in parts) and len(parts) == 1 + 2 * bool(k)
     rows, end = np.array([0, 4, 5, 14, 18]), np.array([5, 5, 5, 14, 18])   # the policy's targets stop at the episode's end
     _, _, _, target, mask, _ = policy.Labels(packed, [0, 1, 2], np.array(packed.actions), gap=1).batch(rows, 4, 1, "cpu")
     assert np.array_equal(mask, rows[:, None] + np.arange(4) < end[:, None])
     assert np.array_equal(target[mask], np.concatenate([packed.actions[r:min(r + 4, e)] for r, e in zip(rows, end)]))
     assert policy.l1(torch.where(mask[..., None], target + 0.5, 1e6), target, mask).item() == pytest.approx(0.5)
-def test_actions_decoded_from_latents(run, tmp_path):              # from latents that are the motion, one demonstration a task is enough
+@pytest.mark.parametrize("gap, shorter, key", [(1, None, ""), (4, [1], 1)])        # if latents are the motion, one demonstration is enough
+def test_actions_decoded_from_latents(run, tmp_path, gap, shorter, key):
     sets = [data.Packed(run / "data/toy" / name) for name in ("hand", "robot")]
-    [np.save(tmp_path / f"latents.{s.name}.npy", np.array(s.truth("motion"))) for s in sets]
+    [np.save(tmp_path / f"latents{k}.{s.name}.npy", np.array(s.truth("motion")) * (k == key)) for s in sets for k in ("", key)]
     labels = [policy.Labels(sets[1], sets[1].chosen(1), np.array(sets[1].actions))]
-    for part in policy.decoded(argparse.Namespace(out=tmp_path, gap=1, seed=0, text=None, video=None), sets, labels):
+    for part in policy.decoded(argparse.Namespace(out=tmp_path, gap=gap, shorter=shorter, seed=0, text=None, video=None), sets, labels):
         assert np.abs(part.target - (true := part.dataset.truth("motion") / data.MAX_STEP))[:, :2].mean() < 0.1 * np.abs(true[:, :2]).mean()
 def test_toy_depends_on_the_seed_alone(tmp_path):
     a, b, c = (data.pack_toy(tmp_path / name, 4, 1, seed=seed) or contents(tmp_path / name) for name, seed in zip("abc", (3, 3, 4)))
@@ -172,9 +173,8 @@ def test_video_import(tmp_path):
     [image.save(tmp_path / f"raw/201/{i:04d}.png") for i, image in enumerate(grey)]
     (tmp_path / "labels.json").write_text('[{"id":"35", "label":"pushing a cup", "template":"P"}, {"id":"201", "label":"holding a pen"}]')
     call(data, "video", "--src", tmp_path / "raw", "--labels", tmp_path / "labels.json", "--out", tmp_path / "set", "--size", 16)
-    packed = data.Packed(tmp_path / "set")
-    assert [e["text"] for e in packed.episodes] == ["holding a pen", "pushing a cup"] and packed.actions is None
-    assert np.abs(packed.frames[:, 8, 8, 0].astype(int) - 50 * np.tile(range(5), 2)).max() <= 3
+    assert (video := data.Packed(tmp_path / "set")).actions is None and video.total == 10 and video.episodes[0]["text"] == "holding a pen"
+    assert np.abs(video.frames[:, 8, 8, 0] - 50.0 * np.tile(range(5), 2)).max() < 4 and video.episodes[1]["text"] == "pushing a cup"
 def test_what_the_stages_write(run, out):
     reports = {p.stem: json.loads(p.read_text()) for p in out.glob("*.json")}
     assert all(set(reports["policy"][k]) == {"policy_pretrain_z2_z0", "policy_hilam_1", "policy_flat_1"} for k in ("losses", "seconds"))
