@@ -11,7 +11,7 @@ that carries the future frame instead of the motion.
 Writes OUT/lam.pt, OUT/latents.SET.npy (T, latent) for every packed set, OUT/lam.json and OUT/lam.png.
 Expect on the toy world: FDM error near 0.13 of copying the current frame with the true latent, above 1.2 with a shuffled one, 0.9 at zero.
 """
-import argparse, itertools, os, random, sys, time
+import argparse, os, random, sys, time
 from pathlib import Path
 import numpy as np
 import torch
@@ -338,9 +338,9 @@ def main():
             tqdm.write(f"step {step + 1:6d}  error/copy {np.mean(seen[-args.log_every:]):.4f}  {speed:.0f} frames/s  loading {share:.0f} %")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             save_checkpoint(path, "lam", args, step + 1, model, optimizer, begin)
-    for (key, k), s in itertools.product([("", args.gap), *((k, k) for k in args.shorter or [])], sets):
-        write(Path(args.out, f"latents{key}.{s.name}.npy"), encode(model, s, k, args, device))
-    latents = [np.load(Path(args.out, f"latents.{s.name}.npy")) for s in sets]
+    latents = [encode(model, s, args.gap, args, device) for s in sets]
+    [write(Path(args.out, f"latents.{s.name}.npy"), z) for s, z in zip(sets, latents)]
+    [write(Path(args.out, f"latents{k}.{s.name}.npy"), encode(model, s, k, args, device)) for k in args.shorter or [] for s in sets]
     figures = evaluate(model, sets, latents, args, device) | dict(seconds=time.time() - begin)
     write(Path(args.out, "lam.json"), figures)
     draw(Path(args.out, "lam.png"), model, sets, latents, args, device)
