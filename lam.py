@@ -60,7 +60,6 @@ def step_rng(seed, step):
     """Numpy generator of one step; torch is seeded alike. Chance depends on (seed, step) alone, so a resumed run repeats itself exactly."""
     torch.manual_seed(seed * 1_000_003 + step + 999_983 * RANK)
     return np.random.default_rng([seed, step])
-
 def pooled(x):
     """Mean of a tensor over the processes that torchrun started, without its gradient; x itself where there is but one."""
     if WORLD > 1:
@@ -93,10 +92,8 @@ def resume(path, stage, args, model, optimizer):
     optimizer.load_state_dict(record["optimizer"])
     print(f"{path}: trained already" if record["step"] >= args.steps else f"{path}: resuming at step {record['step']}")
     return record["step"], time.time() - record["seconds"]
-
 def upright(dataset, frames):                                            # for people to look at: LIBERO's are stored upside down
     return [np.ascontiguousarray(f[::-1] if dataset.upside_down else f) for f in frames]
-
 def draw_strip(path, rows, marks={}):
     """Save rows of frames as one PNG. rows: list of (label, list of (H, W, 3) uint8); marks: {(row, column): colour of its frame}."""
     side = max(1, 96 // rows[0][1][0].shape[0]) * rows[0][1][0].shape[0] + 6
@@ -157,14 +154,22 @@ class Block(nn.Module):
         x = x + self.proj(F.scaled_dot_product_attention(q, k, v, bias[None]).transpose(1, 2).reshape(b, l, d))
         return x + self.mlp(self.norm2(x))
 
+class Moments(nn.Module):
+    """Mean and first moments over the image, (B, C, H, W) -> (B, 3 C): what moves, and where it does."""
+    def forward(self, x):
+        line = torch.linspace(-1, 1, x.shape[-1], device=x.device)
+        return torch.cat([x.mean((2, 3)), (x.mean(2) * line).mean(-1), (x.mean(3) * line).mean(-1)], 1)
 class IDM(nn.Module):
-    """Inverse dynamics: z = f(I_t, I_{t+k}), (B, C, S, S) twice -> (B, latent). Averages over the image: one motion, one z, anywhere."""
+    """Inverse dynamics: z = f(I_t, I_{t+k}), (B, C, S, S) twice -> (B, latent). Averages over the image: one motion, one z, anywhere.
+    Frames become a 16 x 16 grid of patches; from 64 pixels on 32 x 32, and first moments stand beside the averages: motions are finer."""
     def __init__(self, channels, size, latent, width, odd=False):
         super().__init__()
-        self.patch, self.odd = size // 16, latent // 2 * bool(odd)       # frames become a 16 x 16 grid of patches, whatever their size
+        fine = size > 32 and size % 32 == 0
+        grid, last, pool = (32, 4 * width, [Moments()]) if fine else (16, 2 * width, [nn.AdaptiveAvgPool2d(1), nn.Flatten()])
+        self.patch, self.odd = size // grid, latent // 2 * bool(odd)
         self.body = nn.Sequential(ConvBlock(2 * channels * self.patch ** 2, width), ConvBlock(width, 2 * width, 2),
-                                  ConvBlock(2 * width, 4 * width, 2), ConvBlock(4 * width, 2 * width),
-                                  nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, latent))
+                                  ConvBlock(2 * width, 4 * width, 2), ConvBlock(4 * width, last), *pool,
+                                  nn.Linear(last * (1 + 2 * fine), latent))
     def forward(self, now, future):
         see = lambda a, b: self.body(F.pixel_unshuffle(torch.cat([a - 0.5, 4 * (b - a)], 1), self.patch))
         z, n = see(now, future), self.odd
@@ -200,13 +205,11 @@ class LAM(nn.Module):
         size % 16 == 0 or fail(f"frames of {size} pixels make no 16 x 16 patches: pack them at a multiple of 16 (--size)")
         shape = 6 if args["wrist"] else 3, size, args["latent"], args["width"]
         self.idm, self.fdm = IDM(*shape, args.get("odd")), FDM(*shape)
-
 def images(dataset, rows, wrist, device):
     """Rows of a packed dataset -> (B, 3, S, S) in [0, 1], with the wrist camera (B, 6, S, S); one vectorised gather."""
     wrist and dataset.wrist is None and fail(f"{dataset.path} has no wrist camera: leave --wrist out")
     x = np.concatenate([dataset.frames[rows], dataset.wrist[rows]], -1) if wrist else dataset.frames[rows]
     return torch.from_numpy(x).to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
-
 def get_batch(sets, index, args, rng, device):
     """Frames t and t+k, (B, C, S, S) each, and where each k is, a list. All sets give equal shares. --reverse swaps every other pair."""
     rows = [rng.choice(i, WORLD * -(-args.batch // len(sets)))[RANK::WORLD] for i in index]
@@ -214,7 +217,6 @@ def get_batch(sets, index, args, rng, device):
     early, late = (gaps * (np.arange(len(gaps)) % 2 * args.reverse == i) for i in (1, 0))
     frames = [torch.cat([images(s, r + gap, args.wrist, device) for s, r in zip(sets, rows)]) for gap in (early, late)]
     return *frames, [np.flatnonzero(np.tile(gaps, len(sets)) == k) for k in np.unique(gaps)] if args.shorter else [slice(None)]
-
 def warp(frames, amount):
     """A list of frames, each (B, C, S, S), under one random affine map a sample and camera: motion's code must not hang on the view."""
     shape = frames[0].shape[0] * frames[0].shape[1] // 3, 3, *frames[0].shape[2:]          # cameras apart
@@ -230,7 +232,6 @@ def ridge(x, y, x_test, y_test):
     """R^2 per column of y_test, predicted linearly from x_test by ridge regression fitted on (x, y)."""
     model = pipeline.make_pipeline(preprocessing.StandardScaler(), linear_model.Ridge())
     return metrics.r2_score(y_test, model.fit(x, y).predict(x_test), multioutput="raw_values")
-
 def gripper_events(dataset, rows, gap):
     """-1 where the gripper closes between t and t+k by 5 % of its whole way or more, 1 where it opens, else 0, (B,); None if unknown."""
     if dataset.truth("motion") is not None:
@@ -264,7 +265,7 @@ def probe(sets, latents, gap):
                     still = [rows[layout[rows, d] == layout[rows + gap, d]] for rows in (train, val)]
                     found[key].append(ridge(x[still[0]], layout[still[0], d:d + 1], x[still[1]], layout[still[1], d:d + 1]))
     figures = {key: float(np.mean(value)) if value else None for key, value in found.items()}
-    figures |= dict(action_r2=np.mean(found["action_r2"], 0).tolist() if found["action_r2"] else [], action_r2_mean=figures["action_r2"])
+    figures |= dict(action_r2=np.mean(found["action_r2"] or [[]], 0).tolist(), action_r2_mean=figures["action_r2"])
     a, b = sets[0], sets[-1]
     if len(sets) > 1 and a.truth("motion") is not None and b.truth("motion") is not None:
         i, j = a.rows(a.split("train"), gap), b.rows(b.split("val"), gap)
@@ -279,7 +280,6 @@ def encode(model, dataset, gap, args, device, batch=256):
     for part in tqdm(np.array_split(rows, max(1, len(rows) // batch)), f"latents {dataset.name}", disable=None):
         out[part] = model.idm(images(dataset, part, args.wrist, device), images(dataset, part + gap, args.wrist, device)).cpu().numpy()
     return out
-
 @torch.no_grad()
 def evaluate(model, sets, latents, args, device):
     """Figures on held-out episodes."""
@@ -290,10 +290,10 @@ def evaluate(model, sets, latents, args, device):
         for part in np.array_split(np.arange(len(rows)), max(1, len(rows) // 256)):
             now, future = (images(dataset, rows[part] + gap, args.wrist, device) for gap in (0, args.gap))
             errors[dataset.name].append([float(ratio(model.fdm(now, torch.from_numpy(v[part]).to(device)), future, now)) for v in tried])
-    errors = {name: np.mean(error, 0) for name, error in errors.items()}
-    figures = dict(zip(("fdm_error", "fdm_error_shuffled", "fdm_error_zero"), np.mean(list(errors.values()), 0).tolist()))
+    errors = {name: np.mean(error, 0).tolist() for name, error in errors.items()}
+    figures = dict(zip(("fdm_error", "fdm_error_shuffled", "fdm_error_zero"), np.mean([*errors.values()], 0).tolist()))
     z = np.concatenate([z[d.rows(d.split("val"), args.gap)] for d, z in zip(sets, latents)])
-    figures |= probe(sets, latents, args.gap) | dict(fdm_error_by_set={name: float(error[0]) for name, error in errors.items()})
+    figures |= probe(sets, latents, args.gap) | dict(fdm_error_by_set={name: error[0] for name, error in errors.items()})
     return figures | dict(effective_rank=float(np.exp(entropy(np.linalg.eigvalsh(np.cov(z.T)).clip(1e-12)))))     # Roy and Vetterli 2007
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ same network without skill token and pretraining, on the same labelled data, wit
 
     python policy.py                          # toy world: hilam and flat on 10 % of the demonstrations, 8 minutes on two CPU cores
     python policy.py --variant flat --demos 5 --data data/libero_object --out out/libero_object --steps 4000
-
 Writes policy_pretrain_SKILL_ACTION.pt, policy_VARIANT_DEMOS.pt (with VIDEO and CONTROL in the name), policy.json and policy.png into OUT.
 """
 import argparse, collections, functools, itertools, json, time, warnings, zlib
@@ -22,8 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from scipy.spatial.distance import cdist
-from sklearn.kernel_ridge import KernelRidge
+from sklearn import kernel_ridge, metrics
 from tqdm import tqdm
 from data import RANK, WORLD, fail, fingerprint, load_checkpoint, load_weights, open_sets, standardise, write
 from lam import Block, ConvBlock, descend, pooled, resume, save_checkpoint, setup, stage_parser, step_rng, warp
@@ -35,7 +33,6 @@ VARIANTS = {"hilam": (2, 0), "hilam_z1_z0": (1, 0), "hilam_z2_z1": (2, 1), "hila
             "flat": (None, None), "flat_z0": (None, 0), "flat_z2": (None, 2), "flat_z0_decoded": (None, 0)}
 warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
 CONTROLS, WORDS, LONGEST = ("shuffled", "constant", "uniform"), 4096, 32     # buckets words are hashed into; most words of a sentence
-
 def get_args(argv=None):
     parser = stage_parser(__doc__, steps=1500)
     add = parser.add_argument_group("experiment").add_argument
@@ -52,7 +49,6 @@ def get_args(argv=None):
     add("--layers", type=int, default=2, help="transformer blocks; 8 in BAKU; 0: an MLP over the joined tokens (default: %(default)s)")
     add("--no-low-text", dest="low_text", action="store_false", help="tell the low level the skill only, not the text as well")
     add("--warp", type=float, default=0.0, help="augmentation: random affine maps of each camera's image; 0 is none (default: %(default)s)")
-    add("--noise", type=float, default=0.0, help="noise on proprio in training, in its standard deviations (default: %(default)s)")
     add("--batch", type=int, default=64, help="frames a step, shared equally by the sets (default: %(default)s)")
     add("--bf16", action="store_true", help="compute in bfloat16 where it is safe (autocast): for GPUs")
     add("--compile", action="store_true", help="torch.compile the networks: a minute at the start, faster steps after it on GPUs")
@@ -87,7 +83,6 @@ def text_encoder(width, name=None):
     """Normalised sum of embeddings of words and placed words (a mean drowns the few that differ), or T5's vector projected: (B, width)."""
     words = nn.Linear(t5(name)[1].config.d_model, width) if name else nn.EmbeddingBag(WORDS + 1, width, mode="sum", padding_idx=0)
     return nn.Sequential(collections.OrderedDict(words=words, norm=nn.LayerNorm(width)))
-
 class Policy(nn.Module):
     """One level: images, the text's vector and perhaps a skill -> a chunk of vectors. text 0 or skill 0: built without it.
     images (B, cameras, 3, S, S), text (B, W) or None, skill (B, skill) or None, proprio (B, P) or None -> (B, chunk, out)."""
@@ -124,7 +119,6 @@ class Policy(nn.Module):
         body = self.no_proprio.expand(b, -1) if proprio is None else self.proprio(proprio)
         tokens = torch.stack([*told[:1], *x.unbind(1), body, *told[1:], self.action.expand(b, -1)], 1) + self.kind
         return self.head(self.mlp(tokens.flatten(1)) if self.mlp else self.norm(self.blocks(tokens)[:, -1])).view(b, self.chunk, -1)
-
 class Agent(nn.Module):
     """Both levels, or a flat policy, with the statistics that normalise proprio and actions. act() is what stage 4 calls.
     shape: dict(size, cameras, high_cameras, proprio, skill, target) of the data; the last three are widths, skill 0 for a flat policy."""
@@ -132,7 +126,7 @@ class Agent(nn.Module):
         super().__init__()
         w, self.shape, self.low_text, self.t5, self.traced = args.width, shape, args.low_text or not shape["skill"], args.text, {}
         make = lambda cameras, *rest: Policy(shape["size"], cameras, shape["proprio"], *rest, args)
-        self.high_text, self.noise = text_encoder(w, self.t5) if shape["skill"] else None, args.noise
+        self.high_text = text_encoder(w, self.t5) if shape["skill"] else None
         self.high = make(shape["high_cameras"], w, 0, shape["skill"], 1) if shape["skill"] else None
         self.text = text_encoder(w, self.t5) if self.low_text else None
         self.low = make(shape["cameras"], w * self.low_text, shape["skill"], shape["target"], args.chunk)
@@ -144,9 +138,7 @@ class Agent(nn.Module):
     def forward(self, images, tokens, proprio=None, skill=None):
         """pi_l: normalised targets (B, chunk, target). skill (B, skill): pi_h's, computed here when it is not given."""
         skill = self.skill(images, tokens) if skill is None else skill
-        if proprio is not None:
-            noise = self.noise * torch.randn_like(proprio) if self.training and self.noise else 0
-            proprio = (proprio - self.proprio_mean) / self.proprio_scale + noise
+        proprio = None if proprio is None else (proprio - self.proprio_mean) / self.proprio_scale
         return self.low(images, self.text(tokens) if self.low_text else None, skill, proprio)
     def decide(self, images, tokens, proprio):
         """Actions (B, chunk, A) and skill (B, D), D = 0 without a high level, both in true units."""
@@ -180,7 +172,6 @@ class Labels:
         at = lambda array, index: None if array is None else torch.from_numpy(array[index]).to(device)
         target, mask = at(self.target, np.minimum(t, d.total - 1)), at(t <= self.last[self.episode[rows]][:, None], ...)
         return images, self.tokens[self.episode[rows]].to(device), at(d.proprio, rows), target, mask, at(self.skill, rows)
-
 def augment(images, amount):
     """For every variant alike: contrast and brightness by +-20 %, each camera warped, and shifted by up to a 64th (proprio is not)."""
     (b, n, c, s, _), pad = images.shape, images.shape[-1] // 64
@@ -227,7 +218,6 @@ def train(agent, labels, args, path, stage, device, objective):
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             save_checkpoint(path, stage, args, step + 1, agent, optimizer, begin, shape=agent.shape)
     return mean, time.time() - begin
-
 def pretrain(args, sets, skill, action, device):
     """Both levels on pseudo-labels: pi_h predicts zbar^skill, pi_l (or a flat policy, skill None) a chunk of stage `action` vectors."""
     path = Path(args.out, f"policy_pretrain_{'z%d_' % skill if skill else ''}z{action}{args.suffix}.pt")
@@ -256,7 +246,7 @@ def finetune(args, sets, pretrained, device):
     used = [np.concatenate([getattr(s, key)[s.rows(e)] for s, e in zip(labelled, episodes)]) for key in ("proprio", "actions")]
     mean, scale = (used[1].min(0) + used[1].max(0)) / 2, np.maximum(np.ptp(used[1], 0) / 2, 1e-3)        # actions in [-1, 1]
     labels = [Labels(s, e, ((s.actions - mean) / scale).astype(np.float32), t5=args.text) for s, e in zip(labelled, episodes)]
-    labels += decoded(args, sets, labels) if args.variant.endswith("decoded") else []
+    labels = decoded(args, sets, labels) if args.variant.endswith("decoded") else labels
     shape = dict(pretrained.shape if pretrained else data_shape(sets) | dict(skill=64 * bool(VARIANTS[args.variant][0])), target=len(mean))
     torch.manual_seed(args.seed)
     agent = Agent(shape, args).to(device)
@@ -268,10 +258,18 @@ def finetune(args, sets, pretrained, device):
     own = argparse.Namespace(**vars(args) | dict(lr=args.finetune_lr if pretrained else args.lr, data_checksum=fingerprint(*used, *old)))
     objective = lambda images, tokens, proprio, target, mask, _: dict(action=l1(agent(images, tokens, proprio), target, mask))
     return agent, name, *train(agent, labels, own, Path(args.out, f"{name}.pt"), "policy", device, objective)
+def regression(x, y, alpha=0.03):
+    """Kernel ridge regression (N, D) -> (N, A), twice: the second kernel measures distance along the gradients of the first fit, for each
+    number of y its own, so that what does not matter to it no longer counts (recursive feature machines, Radhakrishnan et al. 2024)."""
+    fit = lambda x, y: kernel_ridge.KernelRidge(kernel="rbf", gamma=1.2 / x.var(0).sum(), alpha=alpha).fit(x, y)
+    kernel = metrics.pairwise.rbf_kernel(x, gamma=(first := fit(x, y)).gamma)
+    gradients = ((kernel @ c)[:, None] * x - (kernel * c) @ x for c in first.dual_coef_.T)             # (N, D) each, but for a factor
+    parts = [np.linalg.qr(g, mode="r").T for g in gradients]                                              # |(a - b) part| = |g (a - b)|
+    models = [(part, fit(x @ part, target)) for part, target in zip(parts, y.T)]
+    return lambda x: np.stack([model.predict(x @ part) for part, model in models], 1)
 def decoded(args, sets, labels):
-    """The video as Labels with actions that kernel ridge regression, fitted on the demonstrations in labels, reads from latents k before to
-    k after, for every k of stage 1, and from proprio where all sets have it. (VPT, Baker et al. 2022, labels video with an IDM trained on
-    actions; here the IDM saw none, only its reading does.)"""
+    """The demonstrations in labels and the video as Labels, its actions read by regression, fitted on the demonstrations, from latents k
+    before to k after, for every k of stage 1, and proprio where all have it. (In VPT, Baker et al. 2022, an IDM reads that saw actions.)"""
     around, robots, gaps = {}, all(s.proprio is not None for s in sets), [args.gap, *(args.shorter or [])]
     inputs = [[load_latents(s, args.out, k if k != args.gap else "") for s in sets] for k in gaps]
     inputs.append([s.proprio if robots else np.zeros((s.total, 1)) for s in sets])
@@ -283,9 +281,13 @@ def decoded(args, sets, labels):
         around[s.name] = np.concatenate([z, 0.5 * body * (z.shape[1] / body.shape[1]) ** 0.5], 1)      # proprio: a fifth of the variance
     x, y = (np.concatenate(c) for c in zip(*[(around[part.dataset.name][part.rows], part.target[part.rows]) for part in labels]))
     pick = np.random.default_rng(args.seed).permutation(len(x))[:10_000]         # time is cubic in their number
-    model = KernelRidge(kernel="rbf", gamma=1 / x.shape[1], alpha=0.03).fit(x[pick], y[pick])
-    read = lambda x: np.concatenate([model.predict(part) for part in np.array_split(x, 1 + len(x) // 4096)]).clip(-1, 1).astype(np.float32)
-    return [Labels(s, s.split("train"), read(around[s.name]), t5=args.text) for s in sets if s.name in (args.video or [s.name])]
+    read = regression(x[pick], y[pick])
+    for s in (s for s in sets if s.name in (args.video or [s.name])):
+        target = np.concatenate([read(part) for part in np.array_split(around[s.name], 1 + s.total // 4096)]).clip(-1, 1).astype(np.float32)
+        for part in (part for part in labels if part.dataset is s):              # where the truth is known, it stands
+            target[part.rows] = part.target[part.rows]
+        labels = [part for part in labels if part.dataset is not s] + [Labels(s, s.split("train"), target, t5=args.text)]
+    return labels
 def data_shape(sets):
     """What the models must know of the data: frame size, cameras, width of proprio."""
     width, cameras = max([1, *(s.proprio.shape[1] for s in sets if s.proprio is not None)]), 1 + any(s.wrist is not None for s in sets)
@@ -293,9 +295,8 @@ def data_shape(sets):
 def load_agent(out, variant, demos, device):
     """The fine-tuned policy of a run folder, ready to act."""
     record = load_checkpoint(path := Path(out, f"policy_{variant}_{demos}.pt"), "policy")
-    load_weights(agent := Agent(record["shape"], argparse.Namespace(**dict(text=None, noise=0) | record["args"])), record, path)
+    load_weights(agent := Agent(record["shape"], argparse.Namespace(**dict(text=None) | record["args"])), record, path)
     return agent.to(device).eval()
-
 def held_out(agents, sets, args):
     """On held-out demonstrations: L1 error of the first predicted action over that of predicting the mean; how often, of the skills of the
     episode, the true one is nearest to pi_h's, and how often by chance. Draws actions and skills of one demonstration."""
@@ -313,7 +314,7 @@ def held_out(agents, sets, args):
             [axes[d].plot(out[:, 0, d], label=name) for d in range(width) if e == first]
             if name in levels:                                                   # number the episode's skills in order of time
                 _, begin, which = np.unique(skills[rows], axis=0, return_index=True, return_inverse=True)
-                which, near = np.argsort(np.argsort(begin))[which], cdist(skill, skills[rows[np.sort(begin)]]).argmin(1)
+                which, near = np.argsort(np.argsort(begin))[which], metrics.pairwise_distances_argmin(skill, skills[rows[np.sort(begin)]])
                 known.append((np.mean(near == which), 1 / len(begin)))
                 if e == first:
                     axis = axes[width + list(levels).index(name)]
@@ -324,7 +325,6 @@ def held_out(agents, sets, args):
         axes[d].plot(line, "k", label="demonstration"), axes[d].set_ylabel(f"action {d}")
     axes[0].legend(fontsize=7), write(Path(args.out, "policy.png"), argparse.Namespace(save=figure.savefig))
     return figures
-
 def main():
     args = get_args()
     device, sets, pretrained, agents, report = setup(args, "layers"), open_sets(args.data), {}, {}, Path(args.out, "policy.json")
