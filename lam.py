@@ -41,7 +41,7 @@ def stage_parser(doc, steps):
 def setup(args, zero=""):
     """Seed all, make the run folder, return the torch.device. Exits without the GPU asked for or at a number too small; zero may be 0."""
     for key, v in ((key, v) for key, value in vars(args).items() for v in np.atleast_1d(value).tolist()):
-        if type(v) in (int, float) and not (v > 0 or not v and key in f"{zero} seed rec ratio settle tasks demos warp noise clear".split()):
+        if type(v) in (int, float) and not (v > 0 or not v and key in f"{zero} seed rec ratio settle tasks demos warp clear".split()):
             fail(f"--{key.replace('_', '-')} {v}: too small a number")
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     name = args.device.replace("auto", (gpus[int(os.environ.get("LOCAL_RANK", 0)):] + ["cpu"])[0])
@@ -160,8 +160,8 @@ class Moments(nn.Module):
         line = torch.linspace(-1, 1, x.shape[-1], device=x.device)
         return torch.cat([x.mean((2, 3)), (x.mean(2) * line).mean(-1), (x.mean(3) * line).mean(-1)], 1)
 class IDM(nn.Module):
-    """Inverse dynamics: z = f(I_t, I_{t+k}), (B, C, S, S) twice -> (B, latent). Averages over the image: one motion, one z, anywhere.
-    Frames become a 16 x 16 grid of patches; from 64 pixels on 32 x 32, and first moments stand beside the averages: motions are finer."""
+    """Inverse dynamics: z = f(I_t, I_{t+k}), (B, C, S, S) twice -> (B, latent). Frames become a 16 x 16 grid of
+    patches, averaged at the end: one motion, one z, anywhere. Of 64, 96, 128 ... pixels: 32 x 32, and first moments beside the averages."""
     def __init__(self, channels, size, latent, width, odd=False):
         super().__init__()
         fine = size > 32 and size % 32 == 0

@@ -183,8 +183,7 @@ def augment(images, amount):
     return ((x.permute(0, 3, 1, 2).view(b, n, c, s, s) - 0.5) * gain + 0.5 * offset).clamp(0, 1)
 def load_stage(dataset, out, stage, control=None):
     """Vectors of a stage at frame rate, (T, D): 0 the latent actions, 1 and up the skills of stage 2, or what --control makes of them."""
-    if stage == 0:
-        return load_latents(dataset, out)
+    if stage == 0: return load_latents(dataset, out)
     path = Path(out, f"{'uniform' if control == 'uniform' else 'skills'}{stage}.{dataset.name}.npy")
     if not path.exists() or len(vectors := np.load(path)) != dataset.total:
         fail(f"{path} is missing or of other data: run `python skills.py` with the same --data and --out first")
@@ -255,13 +254,14 @@ def finetune(args, sets, pretrained, device):
     agent.load_state_dict(kept | {k: torch.from_numpy(v) for k, v in units.items()}, strict=False)       # the head begins anew
     [module.requires_grad_(False) for module in (agent.high, agent.high_text) if pretrained and module is not None]
     old = [p.detach().cpu().numpy().ravel() for p in pretrained.parameters()] if pretrained else []
-    own = argparse.Namespace(**vars(args) | dict(lr=args.finetune_lr if pretrained else args.lr, data_checksum=fingerprint(*used, *old)))
+    own = argparse.Namespace(**vars(args) | dict(lr=args.finetune_lr if pretrained else args.lr))
+    own.data_checksum = fingerprint(*used, *old, *(part.target for part in labels if args.variant.endswith("decoded")))
     objective = lambda images, tokens, proprio, target, mask, _: dict(action=l1(agent(images, tokens, proprio), target, mask))
     return agent, name, *train(agent, labels, own, Path(args.out, f"{name}.pt"), "policy", device, objective)
 def regression(x, y, alpha=0.03):
     """Kernel ridge regression (N, D) -> (N, A), twice: the second kernel measures distance along the gradients of the first fit, for each
     number of y its own, so that what does not matter to it no longer counts (recursive feature machines, Radhakrishnan et al. 2024)."""
-    fit = lambda x, y: kernel_ridge.KernelRidge(kernel="rbf", gamma=1.2 / x.var(0).sum(), alpha=alpha).fit(x, y)
+    fit = lambda x, y: kernel_ridge.KernelRidge(kernel="rbf", gamma=1.2 / max(x.var(0).sum(), 1e-12), alpha=alpha).fit(x, y)
     kernel = metrics.pairwise.rbf_kernel(x, gamma=(first := fit(x, y)).gamma)
     gradients = ((kernel @ c)[:, None] * x - (kernel * c) @ x for c in first.dual_coef_.T)             # (N, D) each, but for a factor
     parts = [np.linalg.qr(g, mode="r").T for g in gradients]                                              # |(a - b) part| = |g (a - b)|
