@@ -264,7 +264,7 @@ def regression(x, y, alpha=0.03):
     fit = lambda x, y: kernel_ridge.KernelRidge(kernel="rbf", gamma=1.2 / max(x.var(0).sum(), 1e-12), alpha=alpha).fit(x, y)
     kernel = metrics.pairwise.rbf_kernel(x, gamma=(first := fit(x, y)).gamma)
     gradients = ((kernel @ c)[:, None] * x - (kernel * c) @ x for c in first.dual_coef_.T)             # (N, D) each, but for a factor
-    parts = [np.linalg.qr(g, mode="r").T for g in gradients]                                              # |(a - b) part| = |g (a - b)|
+    parts = [np.linalg.qr(g, mode="r").T for g in gradients]                                           # |(a - b) part| = |g (a - b)|
     models = [(part, fit(x @ part, target)) for part, target in zip(parts, y.T)]
     return lambda x: np.stack([model.predict(x @ part) for part, model in models], 1)
 def decoded(args, sets, labels):

@@ -87,9 +87,10 @@ def test_skills_at_frame_rate_equal_the_loop(widths):
                 assert np.allclose(vectors[stage][start + t], r.token[0, max(j for j in kept if at[j] <= t)], atol=1e-4)
             at = [at[j] for j in kept]
     assert all(np.array_equal((np.diff(v, axis=0) != 0).any(1), b[1:]) for v, b in zip(vectors, boundaries.T))     # one segment, one skill
-def test_odd_latents_and_warped_pairs():
-    torch.manual_seed(0), (a := torch.rand(3, 6, 64, 64)), (b := torch.rand(3, 6, 64, 64))
-    sum_, (x, y) = (idm := lam.IDM(6, 64, 8, 8, True))(a, b) + idm(b, a), lam.warp([a, a], 0.4)    # half of z is odd: z(a, b) = -z(b, a)
+@pytest.mark.parametrize("size", (32, 64))                         # the coarser grid and the finer one
+def test_odd_latents_and_warped_pairs(size):
+    torch.manual_seed(0), (a := torch.rand(3, 6, size, size)), (b := torch.rand(3, 6, size, size))
+    sum_, (x, y) = (idm := lam.IDM(6, size, 8, 8, True))(a, b) + idm(b, a), lam.warp([a, a], 0.4)  # half of z is odd: z(a, b) = -z(b, a)
     assert sum_[:, :4].abs().max() < 1e-5 < 0.1 < sum_[:, 4:].abs().max() and idm(a, a)[:, :4].abs().max() < 1e-5
     assert torch.equal(x, y) and (x - a).abs().mean() > 0.05 and torch.allclose(lam.warp([a, b], 1e-6)[1], b, atol=1e-3)
     assert lam.Moments()(9 * torch.eye(9)[2].view(1, 1, 3, 3)).tolist() == [[1, 1, -1]]       # a point above, on the right: mean, x, y
@@ -104,8 +105,7 @@ def test_probes_and_scores_of_what_is_known(run):
 def test_pack_round_trip_and_targets(tmp_path):
     rng, first = np.random.default_rng(0), np.random.default_rng(0).choice([0, 1, 6, 9], 8)
     arrays = [dict(frames=rng.integers(0, 256, (n, 16, 16, 3), np.uint8), actions=rng.random((n, 2), np.float32)) for n in (6, 9, 4)]
-    data.pack(tmp_path / "set", zip("abc", "abc", ["train", "train", "val"], arrays))
-    packed = data.Packed(tmp_path / "set")
+    packed = data.pack(tmp_path / "set", zip("abc", "abc", ["train", "train", "val"], arrays)) or data.Packed(tmp_path / "set")
     assert [(e["start"], e["text"], e["split"]) for e in packed.episodes] == [(0, "a", "train"), (6, "b", "train"), (15, "c", "val")]
     assert all(np.array_equal(getattr(packed, key), np.concatenate([a[key] for a in arrays])) for key in ("frames", "actions"))
     assert all(packed.rows([0, 1], gap).tolist() == [s + j for s, n in ((0, 6), (6, 9)) for j in range(n - gap)] for gap in (0, 1, 5, 7))
