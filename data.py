@@ -1,350 +1,579 @@
 """
-What the four stages share: the packed dataset, the built-in toy world, the importers, and the checkpoint and log helpers.
+What the four stages share: the packed dataset, the toy world, the importers, a few file helpers.
 
-A packed dataset is a folder of flat arrays over all frames of all episodes, like nanoGPT's train.bin, and an episodes.json:
-    frames.bin (T, H, W, 3) uint8      wrist.bin (T, H, W, 3) uint8      proprio.bin (T, P) float32      actions.bin (T, A) float32
-    truth_*.bin   what the toy world or a scripted demonstrator knows (phase, motion, layout): for measuring only, never for training
-All but frames may be missing: a folder without actions is action-free video. Every stage memory-maps the arrays and adds one more of the
-same length T, so frame t, its latent t, its skill t and its action t are the same row everywhere.
+A packed dataset is a folder of flat arrays over all T frames of all episodes, like nanoGPT's
+train.bin, and an episodes.json that says where each episode starts:
+    frames.bin   (T, S, S, 3) uint8       wrist.bin    (T, S, S, 3) uint8, a second camera
+    actions.bin  (T, A) float32           proprio.bin  (T, P) float32, what the body feels
+    truth_*.bin  what a scripted demonstrator knows (phase, motion, actions): to measure with only
+All but frames may be missing: a folder without actions is action-free video. Each stage adds one
+more array of length T, so frame t, its latent, its skill and its action t are the same row.
 
-    python data.py toy    --out data/toy                                     # the built-in world, half a minute
-    python data.py libero --src ~/LIBERO/datasets/libero_10 --out data/libero_10 --size 128
-    python data.py video  --src ssv2/videos --labels ssv2/train.json --out data/ssv2 --size 128
+    python data.py toy    --out data/toy                               # built in, 20 seconds
+    python data.py libero --src DATASETS/libero_10 --out data/libero_10
+    python data.py video  --src VIDEOS --labels captions.json --out data/videos
 """
-import argparse, csv, itertools, json, os, shutil, sys, zlib
+
+import argparse
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import zlib
+from itertools import islice, permutations
 from pathlib import Path
+
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-RANK, WORLD = (int(os.environ.get(key, one)) for key, one in (("RANK", 0), ("WORLD_SIZE", 1)))    # set by torchrun, see lam.setup()
-PHASES = ["reach", "grasp", "carry", "release", "retreat"]     # the toy world's true skills, in truth_phase.bin
-LIBERO_PHASES = PHASES + ["descend", "lift", "lower", "hold", "turn", "push", "back", "insert"]         # of scripted LIBERO demonstrations
 TOY_SETS = ["data/toy/hand", "data/toy/robot"]
 
-# ---------------------------------------------------------------- errors and files
+
+# ------------------------------------------------------------------------- command line and start
 def fail(message):
-    """Say in one line what is wrong, and leave with exit status 2. Tracebacks are for bugs."""
+    """Say in one line what is wrong and leave with exit status 2. Tracebacks are for bugs."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
+
+def number(kind, least, most=math.inf):
+    """An argparse type: numbers of a kind (int, float) from least to most, both included."""
+
+    def parse(text):
+        value = kind(text)
+        if not (math.isfinite(value) and least <= value <= most):
+            raise ValueError
+        return value
+
+    parse.__name__ = (
+        f"{kind.__name__}, from {least} to {most},"  # argparse: "invalid ... value: -3"
+    )
+    return parse
+
+
+def make_parser(doc, steps=None):
+    """A parser whose --help is the docstring; with steps, it has a training script's flags."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=style)
+    parser.error = fail
+    if steps:
+        add = parser.add_argument_group("run").add_argument
+        add("--data", nargs="+", default=TOY_SETS, help="packed datasets (default: the toy world)")
+        add("--out", default="out/toy", help="run folder, one for all stages (default: out/toy)")
+        add(
+            "--steps", type=number(int, 1), default=steps, help=f"training steps (default: {steps})"
+        )
+        add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="same seed, same result")
+        add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+        text = "steps between two lines of log, each with a checkpoint (default: 100)"
+        add("--log-every", type=number(int, 1), default=100, help=text)
+    return parser
+
+
+def start(out, device="auto"):
+    """Make the run folder, find the device, join the processes that torchrun started. Returns the
+    torch.device, the rank of this process (0 writes and prints) and how many there are."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+    if name not in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
+        fail(f"--device {device}: no such device here; use --device cpu")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if "cuda" in name else "gloo")
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {out}: no folder can be made there ({error.strerror})")
+    return torch.device(name), int(os.environ.get("RANK", 0)), world
+
+
+# ----------------------------------------------------------------------------- files and pictures
 def write(path, content):
-    """Write JSON, a numpy array, a picture or a checkpoint, by the path's ending; renamed when whole, so nobody ever sees half a file."""
-    if RANK:
-        return                                                                 # of several processes only the first one writes
-    writers = {".json": lambda file: file.write(json.dumps(content, indent=1).encode()), ".npy": lambda file: np.save(file, content),
-               ".pt": lambda file: torch.save(content, file), ".png": lambda file: content.save(file, format="png")}
+    """Write .npy, .pt, .png (a matplotlib figure), text or JSON; a file is renamed when it is
+    whole, so nobody ever sees half of it."""
+    ending = Path(path).suffix
     with open(f"{path}.tmp", "wb") as file:
-        writers[Path(path).suffix](file)
+        if ending == ".npy":
+            np.save(file, content)
+        elif ending == ".pt":
+            torch.save(content, file)
+        elif ending == ".png":
+            content.savefig(file, format="png")
+        else:
+            text = content if isinstance(content, str) else json.dumps(content, indent=1)
+            file.write(text.encode())
     os.replace(f"{path}.tmp", path)
 
+
+def write_log(stem, log):
+    """STEM_log.csv and its curves, STEM_log.png. log: a list of {"step": ..., name: value, ...}."""
+    lines = [",".join(log[0])] + [",".join(f"{x:.6g}" for x in row.values()) for row in log]
+    write(f"{stem}_log.csv", "\n".join(lines) + "\n")
+    names = [key for key in log[0] if key != "step"]
+    figure = Figure((4 * len(names), 3.2), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        axis.plot([row["step"] for row in log], [row[name] for row in log])
+        axis.set(xlabel="training step", title=name)
+        axis.grid(alpha=0.3)
+    write(f"{stem}_log.png", figure)
+
+
+def checksum(*arrays):
+    """Checksum of a thousand rows of each array: tells whether a run goes on with the same data."""
+    value = 0
+    for array in arrays:
+        value = zlib.crc32(np.ascontiguousarray(array[:: 1 + len(array) // 1000]).tobytes(), value)
+    return value
+
+
 def load_checkpoint(path, stage, finished=True):
-    """A stage's checkpoint. Exits when it is missing, damaged, another stage's, or (if finished is asked for) not trained to its end."""
-    script = f"{stage.split('_')[0]}.py"
+    """A stage's checkpoint, a dict; exits when it is missing, damaged, another's or unfinished."""
+    script = f"`python {stage.split('_')[0]}.py`"
     try:
         record = torch.load(path, map_location="cpu", weights_only=True)
-        found, step, steps = record["stage"], record["step"], record["args"]["steps"]
+        found, step, steps = record["stage"], record["step"], record["steps"]
     except FileNotFoundError:
-        fail(f"{path} is missing: run `python {script}` with the same --out first")
+        fail(f"{path} is missing: run {script} with the same --out first")
     except Exception as error:
         fail(f"{path} is not a readable checkpoint of this project ({type(error).__name__})")
-    if found != stage or finished and step < steps:
-        fail(f"{path} is a checkpoint of {found}, not of {stage}" if found != stage else
-             f"{path} stopped at step {step} of {steps}: run `python {script}` again to finish it")
+    if found != stage:
+        fail(f"{path} is a checkpoint of {found}, not of {stage}")
+    if finished and step < steps:
+        fail(f"{path} stopped at step {step} of {steps}: run {script} again to finish it")
     return record
 
+
 def load_weights(model, record, path):
+    """Load a checkpoint's weights; exits with one line when they are of another shape."""
     try:
         model.load_state_dict(record["model"])
     except RuntimeError as error:
         fail(f"{path} holds a model of another shape: {str(error).splitlines()[1].strip()[:160]}")
 
-def fingerprint(*arrays):
-    """Checksum of a thousand rows of each array (len, ...): a checkpoint is not continued on other data than it was begun on."""
-    return zlib.crc32(b"".join(np.ascontiguousarray(a[::1 + len(a) // 1000]).tobytes() for a in arrays))
 
-# ---------------------------------------------------------------- the packed dataset
+def resume(path, stage, settings, model, optimizer):
+    """Load weights and optimizer from the checkpoint at path; returns its step and log, or 0 and []
+    without one. Exits when settings, a dict of what decides the result, are not the same."""
+    if not Path(path).exists():
+        return 0, []
+    record = load_checkpoint(path, stage, finished=False)
+    for key in sorted(set(settings) - {"out", "device", "log_every"}):
+        old, new = record["settings"].get(key), settings[key]
+        if old != new:
+            fail(
+                f"{path} was trained with {key} {old}, not {new}: choose another --out or delete it"
+            )
+    load_weights(model, record, path)
+    optimizer.load_state_dict(record["optimizer"])
+    return record["step"], record["log"]
+
+
+# ------------------------------------------------------------------------------ the packed dataset
 class Packed:
-    """A packed dataset, memory-mapped. frames, wrist, proprio, actions: arrays over all T frames, or None; start, length: (E,)."""
+    """A packed dataset, memory-mapped.
+
+    frames, wrist, proprio, actions: arrays over all T frames, None where the set has none.
+    start, length: (E,) the first row and the number of frames of each episode.
+    """
+
     def __init__(self, path):
-        self.path, self.name = Path(path), Path(path).name
+        self.path = Path(path)
+        self.name = self.path.name
         try:
             info = json.loads((self.path / "episodes.json").read_text())
-            self.arrays, self.episodes, self.upside_down, self.phases = map(info.get, ("arrays", "episodes", "upside_down", "phases"))
-            self.start, self.length = (np.array([e[key] for e in self.episodes], int) for key in ("start", "length"))
+            self.arrays, self.episodes = info["arrays"], info["episodes"]
+            self.phases, self.upside_down = info["phases"], info["upside_down"]
+            self.start = np.array([episode["start"] for episode in self.episodes])
+            self.length = np.array([episode["length"] for episode in self.episodes])
         except (OSError, ValueError, KeyError, TypeError):
-            fail(f"{path}: no packed dataset (no readable episodes.json); data.py makes one, see `python data.py --help`")
+            fail(f"{path} is no packed dataset; data.py makes one, see `python data.py --help`")
         self.total = int(self.length.sum())
-        self.frames, self.wrist, self.proprio, self.actions = map(self.open, ("frames", "wrist", "proprio", "actions"))
+        self.frames, self.wrist = self.open("frames"), self.open("wrist")
+        self.proprio, self.actions = self.open("proprio"), self.open("actions")
+
     def open(self, key):
+        """An array of the set by its name, None where there is none; exits at a wrong file size."""
         if key not in self.arrays:
             return None
-        dtype, shape = np.dtype(self.arrays[key]["dtype"]), tuple(self.arrays[key]["shape"])
-        file, need = self.path / f"{key}.bin", self.total * int(np.prod(shape)) * dtype.itemsize
-        if not file.exists() or file.stat().st_size != need:
-            fail(f"{file}: {file.stat().st_size if file.exists() else 0} bytes, but {self.total} frames by episodes.json need {need}")
-        return np.memmap(file, dtype, "r", shape=(self.total,) + shape)
-    def truth(self, key):                                                      # phase, motion, layout: for reports, never for training
-        return self.open(f"truth_{key}")
-    def split(self, name):                                                     # where no episode is held out, val is all of them
-        return np.array([i for i, e in enumerate(self.episodes) if e["split"] == name] or range(len(self.episodes)))
-    def rows(self, episodes, gap=0):
-        """Flat rows t of these episodes for which t + gap lies in the same episode."""
-        return np.concatenate([np.arange(s, s + max(0, n - gap)) for s, n in zip(self.start[episodes], self.length[episodes])])
-    def chosen(self, demos):
-        """Training episodes to use: the first `demos` of every task, or that share of them when it is a float (at least one)."""
-        tasks, e = np.array([e["task"] for e in self.episodes]), self.split("train")
-        groups = [e[tasks[e] == task] for task in np.unique(tasks[e])]
-        return np.sort(np.concatenate([x[:max(1, round(demos * len(x))) if isinstance(demos, float) else demos] for x in groups]))
+        dtype = np.dtype(self.arrays[key]["dtype"])
+        shape = (self.total, *self.arrays[key]["shape"])
+        file = self.path / f"{key}.bin"
+        found = file.stat().st_size if file.exists() else 0
+        if found != math.prod(shape) * dtype.itemsize:
+            fail(f"{file} has {found} bytes, but {shape} {dtype} by episodes.json")
+        return np.memmap(file, dtype, "r", shape=shape)
 
-def standardise(arrays, rows):
-    """Arrays of several sets, jointly standardised over the given rows of each; their mean and their standard deviation."""
-    mean, scale = (used := np.concatenate([a[r] for a, r in zip(arrays, rows)])).mean(0), used.std(0) + 1e-6
-    return [((a - mean) / scale).astype(np.float32) for a in arrays], torch.from_numpy(mean), torch.from_numpy(scale)
+    def split(self, name):
+        """Numbers of the episodes of a split, train or val; where no episode is held out, all."""
+        chosen = [i for i, episode in enumerate(self.episodes) if episode["split"] == name]
+        return np.array(chosen or range(len(self.episodes)))
+
+    def rows(self, episodes, gap=0):
+        """The rows t of these episodes for which t + gap lies in the same episode."""
+        ends = self.start + np.maximum(0, self.length - gap)
+        return np.concatenate([np.arange(self.start[e], ends[e]) for e in episodes])
+
+    def images(self, rows, cameras, device):
+        """Frames, and the wrist camera's where cameras is 2: (B, cameras, 3, S, S) in [0, 1]."""
+        if cameras > 1 and self.wrist is None:
+            fail(f"{self.path} has no wrist camera")
+        views = [self.frames[rows], self.wrist[rows]] if cameras > 1 else [self.frames[rows]]
+        pixels = torch.from_numpy(np.stack(views, 1)).to(device, non_blocking=True)
+        return pixels.permute(0, 1, 4, 2, 3).float() / 255
+
+    def upright(self, frames):
+        """Frames (..., S, S, 3) as a person wants to see them: LIBERO stores them upside down."""
+        return frames[..., ::-1, :, :] if self.upside_down else frames
+
 
 def open_sets(paths):
-    """Packed datasets, checked to fit each other. The toy world is packed when its two default folders are asked for and missing."""
-    if list(paths) == TOY_SETS and not RANK:
+    """Packed datasets, checked to fit each other. The toy world is packed when it is missing."""
+    if list(paths) == TOY_SETS:
         pack_toy("data/toy")
-    WORLD > 1 and torch.distributed.barrier()
-    sets = [Packed(p) for p in paths]
-    if len({s.name for s in sets}) < len(sets):
-        fail("two datasets of the same name: latents and skills are filed by folder name, so rename one")
-    if len({s.frames.shape[1:] for s in sets}) > 1:
-        fail("datasets of different frame size: " + ", ".join(f"{s.path} {s.frames.shape[1:3]}" for s in sets))
+    sets = [Packed(path) for path in paths]
+    if len({dataset.name for dataset in sets}) < len(sets):
+        fail("two datasets of the same name: latents are filed by folder name, so rename one")
+    if len({dataset.frames.shape[1] for dataset in sets}) > 1:
+        fail(f"frames of different size: {[dataset.frames.shape for dataset in sets]}")
     return sets
 
-def pack(out, episodes, total=None, upside_down=False, phases=PHASES):
-    """Write a packed dataset from (text, task, split, {name: array over the episode's frames}); it appears only when it is whole."""
-    out, tmp = Path(out), Path(f"{out}.tmp")
+
+def pack(out, episodes, total=None, upside_down=False, phases=()):
+    """Write a packed dataset; the folder appears only when it is whole.
+
+    episodes yields (text, task, split, {name: array over the episode's frames}). phases: names of
+    the numbers in truth_phase. Exits when arrays do not fit each other, or hold NaN.
+    """
+    out, temporary = Path(out), Path(f"{out}.{os.getpid()}.tmp")  # two runs at once do not meet
     if out.exists():
         fail(f"{out} exists already: delete it or choose another --out")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    arrays, records, start = {}, [], 0
-    for text, task, split, episode in tqdm(episodes, str(out), total, disable=None):
-        for key, value in episode.items():
-            if len(value) != len(episode["frames"]):
-                fail(f"{task}: {len(episode['frames'])} frames but {len(value)} rows of {key}")
-            if value.dtype.kind == "f" and not np.isfinite(value).all():
-                fail(f"{task}: NaN or infinity in {key}")
-            spec = dict(dtype=value.dtype.name, shape=list(value.shape[1:]))
-            if arrays.setdefault(key, spec) != spec:
-                fail(f"{task}: {key} is {spec}, in other episodes {arrays[key]}")
-            with open(tmp / f"{key}.bin", "ab") as file:
-                file.write(np.ascontiguousarray(value).tobytes())
-        records.append(dict(start=start, length=len(value), text=text, task=task, split=split))
-        start += len(value)
-    write(tmp / "episodes.json", dict(arrays=arrays, upside_down=upside_down, phases=phases, episodes=records))
-    os.replace(tmp, out)
-    print(f"{out}: {len(records)} episodes, {start} frames, arrays {', '.join(arrays)}")
+    temporary.mkdir(parents=True)
+    arrays, records, begin = {}, [], 0
+    try:
+        for text, task, split, episode in tqdm(episodes, str(out), total, disable=None):
+            length = len(episode["frames"])
+            for key, value in episode.items():
+                kind = {"dtype": value.dtype.name, "shape": list(value.shape[1:])}
+                if len(value) != length or arrays.setdefault(key, kind) != kind:
+                    fail(f"{task}: {key} {value.shape} beside {length} frames and {arrays[key]}")
+                if value.dtype.kind == "f" and not np.isfinite(value).all():
+                    fail(f"{task}: NaN or infinity in {key}")
+                with open(temporary / f"{key}.bin", "ab") as file:
+                    file.write(np.ascontiguousarray(value).tobytes())
+            record = {"start": begin, "length": length, "text": text, "task": task, "split": split}
+            records.append(record)
+            begin += length
+        info = {"arrays": arrays, "upside_down": upside_down, "phases": list(phases)}
+        write(temporary / "episodes.json", info | {"episodes": records})
+        if not out.exists():  # else another process packed it meanwhile, and its set is used
+            os.rename(temporary, out)
+        print(f"{out}: {len(records)} episodes, {begin} frames, arrays {', '.join(arrays)}")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
-# ---------------------------------------------------------------- the toy world
-BLOCKS = dict(red=(0.86, 0.16, 0.16), green=(0.13, 0.65, 0.24), blue=(0.16, 0.32, 0.90), yellow=(0.97, 0.82, 0.10))
-TRAYS = dict(white=(0.97, 0.97, 0.97), black=(0.12, 0.12, 0.12))
-BLOCK_HALF, TRAY_HALF, REACH = 0.07, 0.15, 0.09            # half sides; how far off its centre a block is still grasped (table width = 1)
-MAX_STEP, TOY_LIMIT = 0.06, 120                            # table widths a frame at |action| = 1; steps of an evaluation
-REGIONS = np.array([[0.2, 0.28], [0.5, 0.28], [0.8, 0.28], [0.5, 0.72], [0.2, 0.72], [0.8, 0.72]])     # of the four blocks and two trays
-# a goal is (block, tray, block, tray), in this order: 48 of them, every fifth a task; the other 38 appear in hand video only
-GOALS = [(a, s, b, t) for a, b in itertools.permutations(range(4), 2) for s in range(2) for t in range(2)]
+
+# --------------------------------------------------------------------------------- the toy world
+BLOCKS = {"red": (219, 41, 41), "green": (33, 166, 61), "blue": (41, 82, 230)}
+BLOCKS["yellow"] = (247, 209, 26)
+TRAYS = {"white": (247, 247, 247), "black": (31, 31, 31)}
+BLOCK_HALF, TRAY_HALF = 0.07, 0.15  # half sides; all lengths in widths of the table
+REACH = 0.09  # how far off its centre a block is still grasped
+MAX_STEP = 0.06  # of the hand in one frame at |action| = 1
+TOY_LIMIT = 120  # steps of an evaluation
+TOY_PHASES = ["reach", "grasp", "carry", "release", "retreat"]
+# where the four blocks and the two trays lie, give or take 0.12
+REGIONS = np.array([[0.2, 0.28], [0.5, 0.28], [0.8, 0.28], [0.5, 0.72], [0.2, 0.72], [0.8, 0.72]])
+# A goal is (block, tray, block, tray), done in this order. Of the 48 every fifth is a task of the
+# robot's; the other 38 appear in hand video only.
+GOALS = [(a, s, b, t) for a, b in permutations(range(4), 2) for s in range(2) for t in range(2)]
 TASKS = GOALS[::5]
 
+
 def toy_text(goal):
-    (a, b), (s, t) = (list(BLOCKS)[i] for i in goal[::2]), (list(TRAYS)[i] for i in goal[1::2])
-    return f"put the {a} block on the {s} tray and the {b} block on the {t} tray"
+    """The sentence of a goal (block, tray, block, tray)."""
+    names = [[*BLOCKS, *TRAYS][i] for i in (goal[0], 4 + goal[1], goal[2], 4 + goal[3])]
+    return "put the {} block on the {} tray and the {} block on the {} tray".format(*names)
+
 
 class ToyWorld:
-    """B tables seen from above, each with four blocks, two trays and a gripper. Positions lie in [0, 1]^2 (table widths, y downwards).
-    Action (B, 3) in [-1, 1]: dx, dy, grip (> 0 closes, as in LIBERO). Fingers take three frames to close or open."""
-    def __init__(self, look="robot", size=32):
+    """B tables seen from above, each with four blocks, two trays and a gripper.
+
+    Positions lie in [0, 1]^2, in widths of the table, y downwards. An action (B, 3) in [-1, 1] is
+    dx, dy, grip; grip > 0 closes, as in LIBERO. The fingers take three frames to close or open.
+    """
+
+    def __init__(self, goals, seeds, look="robot", size=32):
+        """goals: B goals. seeds: B seeds, each deciding where the objects and the hand are."""
         self.look, self.size = look, size
-    def reset(self, goals, seeds):
-        """goals: B goals; seeds: B seeds, each deciding a layout: every object near its region, as in LIBERO, and clear of the others."""
-        n, tray = len(goals), np.arange(6) > 3                                 # objects: 4 blocks, then 2 trays
-        self.goals, self.objects = np.array(goals), np.zeros((n, 6, 2))
-        self.hand, self.opening, self.held = np.zeros((n, 2)), np.ones(n), np.full(n, -1)
-        clear = 0.20 + 0.06 * (tray[:, None] | tray) - np.eye(6)
+        tray = np.arange(6) > 3  # objects 0..3 are blocks, 4 and 5 trays
+        self.goals = np.array(goals)
+        self.objects = np.zeros((len(goals), 6, 2))
+        self.hand = np.zeros((len(goals), 2))
+        self.opening = np.ones(len(goals))
+        self.held = np.full(len(goals), -1)  # the block in the hand, -1: none
+        apart = 0.20 + 0.06 * (tray[:, None] | tray) - np.eye(6)
         for i, seed in enumerate(seeds):
             rng = np.random.default_rng(seed)
-            while (np.abs(self.objects[i][:, None] - self.objects[i]).max(-1) < clear).any():
+            while (np.abs(self.objects[i][:, None] - self.objects[i]).max(-1) < apart).any():
                 self.objects[i] = REGIONS + rng.uniform(-0.12, 0.12, (6, 2))
             self.hand[i] = rng.uniform(0.1, 0.9, 2)
-        return self
+
     def step(self, actions):
-        """Advance one frame; returns success (B,) bool."""
-        actions, rows, before = np.clip(actions, -1, 1), np.arange(len(self.held)), self.hand
+        """Advance all tables by one frame; returns success, (B,) bool."""
+        actions, before = np.clip(actions, -1, 1), self.hand
         close = actions[:, 2] > 0
         self.hand = np.clip(before + actions[:, :2] * MAX_STEP, 0.02, 0.98)
         self.opening = np.clip(self.opening + np.where(close, -1, 1) / 3, 0, 1)
-        off = np.abs(self.objects[:, :4] - self.hand[:, None]).max(-1)         # (B, 4)
-        touch = close & (abs(self.opening - 1 / 3) < 0.1) & (self.held < 0) & (off.min(1) < REACH)
-        self.held = np.where(touch, off.argmin(1), np.where(~close & (self.opening > 0.5), -1, self.held))
-        carry = self.held >= 0
-        self.objects[rows[carry], self.held[carry]] += (self.hand - before)[carry]
+        distance = np.abs(self.objects[:, :4] - self.hand[:, None]).max(-1)  # (B, 4)
+        near = (self.held < 0) & (distance.min(1) < REACH)
+        touch = close & near & (np.abs(self.opening - 1 / 3) < 0.1)
+        drop = ~close & (self.opening > 0.5)
+        self.held = np.where(touch, distance.argmin(1), np.where(drop, -1, self.held))
+        carry = np.flatnonzero(self.held >= 0)
+        self.objects[carry, self.held[carry]] += (self.hand - before)[carry]
         return self.success()
+
     def success(self):
-        """Both blocks lie on their trays and neither is held: (B,) bool."""
-        rows, (a, s, b, t) = np.arange(len(self.held)), self.goals.T
-        on = [np.abs(self.objects[rows, block] - self.objects[rows, 4 + tray]).max(-1) < TRAY_HALF for block, tray in ((a, s), (b, t))]
-        return on[0] & on[1] & (self.held < 0)
-    def proprio(self):                                                         # (B, 3): x, y, opening
+        """Both blocks lie on their trays and none is held: (B,) bool."""
+        rows = np.arange(len(self.held))[:, None]
+        blocks = self.objects[rows, self.goals[:, ::2]]  # (B, 2, 2)
+        trays = self.objects[rows, 4 + self.goals[:, 1::2]]
+        return (np.abs(blocks - trays).max((1, 2)) < TRAY_HALF) & (self.held < 0)
+
+    def proprio(self):
+        """Position and opening of the hand, (B, 3)."""
         return np.concatenate([self.hand, self.opening[:, None]], 1).astype(np.float32)
-    def frames(self, rows=slice(None)):                                        # (B, size, size, 3) uint8, of these tables only
-        return toy_render(self.hand[rows], self.opening[rows], self.objects[rows], self.held[rows], self.look, self.size)
 
-def toy_render(hand, opening, objects, held, look, size):
-    """Anti-aliased frames (B, size, size, 3) uint8 of B states, painted back to front."""
+    def frames(self, rows):
+        """What the camera sees of these tables, (B, S, S, 3) uint8, painted back to front."""
+        x, y = self.hand[rows].T
+        gap = 0.10 + 0.08 * self.opening[rows]  # wide enough to be seen frame by frame at 32 x 32
+        image = np.empty((len(x), 3, self.size, self.size), np.float32)
+        image[:] = np.reshape((186, 191, 199), (3, 1, 1))
+        for i, colour in enumerate(TRAYS.values()):
+            paint(image, colour, *self.objects[rows, 4 + i].T, TRAY_HALF, TRAY_HALF)
+        for top in (False, True):  # the block in the hand lies above the others
+            for i, colour in enumerate(BLOCKS.values()):
+                seen = (self.held[rows] == i) == top
+                paint(image, colour, *self.objects[rows, i].T, BLOCK_HALF, BLOCK_HALF, seen)
+        if self.look == "robot":  # a plate and two fingers
+            paint(image, (204, 38, 179), x, y - 0.13, gap + 0.03, 0.04)
+        else:  # a sleeve that comes from the table's edge, a palm, thumb and finger
+            paint(image, (92, 115, 82), x, (y + 1.3) / 2, 0.05, (1.0 - y) / 2)
+            paint(image, (245, 168, 128), x, y + 0.15, gap, 0.05)
+        lower, finger = (0, (115, 26, 107)) if self.look == "robot" else (0.03, (224, 140, 102))
+        for side in (-1, 1):
+            paint(image, finger, x + side * gap, y + lower, 0.03, 0.095)
+        return (image + 0.5).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def paint(image, colour, x, y, width, height, seen=True):
+    """Paint an anti-aliased box on image (B, 3, S, S) where seen; its centre (B,), half sides."""
+    size = image.shape[-1]
     grid = (np.arange(size, dtype=np.float32) + 0.5) / size
-    image = np.empty((len(hand), 3, size, size), np.float32)
-    image[:] = np.reshape((0.73, 0.75, 0.78), (3, 1, 1))
-    def paint(mask, colour):                                                   # mask (B, size, size)
-        image[:] += mask.astype(np.float32)[:, None] * (np.reshape(colour, (3, 1, 1)).astype(np.float32) - image)
-    def box(x, y, w, h):
-        cover = lambda at, half: np.clip(0.5 + (np.reshape(half, (-1, 1)) - abs(grid - at[:, None])) * size, 0, 1)     # (B, size)
-        return cover(y, h)[:, :, None] * cover(x, w)[:, None, :]
+    across = np.reshape(width, (-1, 1)) - np.abs(grid - x[:, None])
+    down = np.reshape(height, (-1, 1)) - np.abs(grid - y[:, None])
+    across = np.clip(0.5 + across * size, 0, 1) * np.reshape(seen, (-1, 1))  # (B, S)
+    mask = np.clip(0.5 + down * size, 0, 1)[:, :, None] * across[:, None, :]  # (B, S, S)
+    colour = np.reshape(colour, (3, 1, 1)).astype(np.float32)
+    image += mask[:, None].astype(np.float32) * (colour - image)
 
-    for i, colour in enumerate(TRAYS.values()):
-        paint(box(*objects[:, 4 + i].T, TRAY_HALF, TRAY_HALF), colour)
-    for top in (False, True):                                                  # the held block lies above the others
-        for i, colour in enumerate(BLOCKS.values()):
-            paint(box(*objects[:, i].T, BLOCK_HALF, BLOCK_HALF) * ((held == i) == top)[:, None, None], colour)
-    (x, y), gap = hand.T, 0.10 + 0.08 * opening            # wide enough to be seen, frame by frame, at 32 x 32
-    if look == "robot":                                                        # a palm plate and two fingers
-        paint(box(x, y - 0.13, gap + 0.03, 0.04), (0.80, 0.15, 0.70))
-    else:                                                                      # a sleeve from the table's edge, palm, thumb and finger
-        paint(box(x, (y + 1.3) / 2, 0.05, (1.0 - y) / 2), (0.36, 0.45, 0.30))
-        paint(box(x, y + 0.15, gap, 0.05), (0.96, 0.66, 0.50))
-    for side in (-1, 1):
-        paint(box(x + side * gap, y + (look == "hand") * 0.03, 0.03, 0.095), (0.45, 0.10, 0.42) if look == "robot" else (0.88, 0.55, 0.40))
-    return (image.transpose(0, 2, 3, 1) * 255 + 0.5).astype(np.uint8)
 
 def toy_demonstrate(look, goals, seed, size):
-    """Scripted demonstrations, all at once; yields (index, arrays) of those that succeed. truth_* is for measuring.
-    An episode has its own speed; the heading wanders smoothly (an Ornstein-Uhlenbeck angle); now and then the hand rests 2-4 frames."""
-    n, rng, log = len(goals), np.random.default_rng([seed, len(goals)]), []
-    world = ToyWorld(look, size).reset(goals, [[seed, i] for i in range(n)])
-    speed = rng.uniform(*((0.65, 1.0) if look == "robot" else (0.5, 0.85)), (n, 1))
-    home, left, alive = rng.uniform(0.2, 0.8, (n, 2)), rng.integers(3, 7, n), np.ones(n, bool)
-    part, angle, rest, velocity, rows = np.zeros(n, int), np.zeros((n, 1)), np.zeros(n, int), np.zeros((n, 2)), np.arange(n)
-    while alive.any() and len(log) < 200:
-        phase, second = np.where(part == 8, 4, part % 4), np.minimum(part // 4, 1)             # part 0..8 counts through both goals
-        block, tray = world.goals[rows, 2 * second], world.goals[rows, 2 * second + 1]
-        slot = world.objects[rows, 4 + tray] + np.where(second, 1, -1)[:, None] * [0.07, 0.0]  # two blocks fit on one tray
-        at = world.objects[rows, block]
-        away = np.select([(phase == 4)[:, None], (phase == 2)[:, None]], [home - world.hand, slot - at], at - world.hand)
-        distance, moving = np.linalg.norm(away, axis=1, keepdims=True) + 1e-9, (phase % 2 == 0)
+    """Scripted demonstrations, all at once; yields (index, arrays) of those that succeed. Each has
+    its own speed, the heading wanders smoothly, and now and then the hand rests."""
+    n, rows = len(goals), np.arange(len(goals))
+    rng = np.random.default_rng([seed, n])
+    world = ToyWorld(goals, [[seed, i] for i in rows], look, size)
+    speed = rng.uniform(0.65, 1.0, (n, 1)) - (0.15 if look == "hand" else 0.0)
+    home = rng.uniform(0.2, 0.8, (n, 2))  # where the hand retreats to
+    left = rng.integers(3, 7, n)  # frames of the retreat that are left
+    part = np.zeros(n, int)  # four phases of the first block, four of the second, the retreat: 0..8
+    angle = np.zeros((n, 1))  # by how much the heading is off
+    rest = np.zeros(n, int)  # frames still to rest
+    velocity = np.zeros((n, 2))
+    records = [[] for _ in rows]
+    while (left > 0).any() and max(map(len, records)) < 200:
+        phase = np.where(part == 8, 4, part % 4)
+        second = np.minimum(part // 4, 1)  # 0: the first block, 1: the second
+        block = world.objects[rows, world.goals[rows, 2 * second]]
+        tray = world.objects[rows, 4 + world.goals[rows, 2 * second + 1]]
+        slot = tray + np.where(second, 1, -1)[:, None] * [0.07, 0.0]  # room for two on a tray
+        target = np.where((phase == 2)[:, None], world.hand + slot - block, block)
+        away = np.where((phase == 4)[:, None], home, target) - world.hand
+        distance = np.linalg.norm(away, axis=1, keepdims=True) + 1e-9
+        moving = phase % 2 == 0
         angle = 0.85 * angle + 0.12 * rng.standard_normal((n, 1))
-        rest = np.where((rest == 0) & (rng.random(n) < 0.012) & moving, rng.integers(2, 5, n), np.maximum(rest - 1, 0))
+        tired = (rest == 0) & (rng.random(n) < 0.012) & moving
+        rest = np.where(tired, rng.integers(2, 5, n), np.maximum(rest - 1, 0))
         turn = angle * np.minimum(1, distance / 0.15)
         heading = (away * np.cos(turn) + away[:, ::-1] * [-1, 1] * np.sin(turn)) / distance
         pace = np.minimum(speed, 0.7 * distance / MAX_STEP) * (rest == 0)[:, None]
         velocity = moving[:, None] * (0.4 * velocity + 0.6 * pace * heading)
-        actions = np.concatenate([velocity, np.where((phase == 1) | (phase == 2), 1.0, -1.0)[:, None]], 1)
-        state, proprio = (world.hand, world.opening, world.objects.copy(), world.held), world.proprio()
+        grip = np.where((phase == 1) | (phase == 2), 1, -1)[:, None]
+        actions = np.concatenate([velocity, grip], 1).astype(np.float32)
+        alive, proprio = np.flatnonzero(left > 0), world.proprio()
+        parts = np.array_split(alive, 1 + len(alive) // 256)  # which fit into a processor's cache
+        frames = [frame for part in parts for frame in world.frames(part)]
         world.step(actions)
-        log.append(state + (alive, proprio, actions.astype(np.float32), world.proprio() - proprio, phase.astype(np.int8)))
-        still, shut = distance[:, 0] < 0.05, world.opening
-        part = part + ((moving & still & (part < 8)) | (phase == 1) & (shut < 0.01) | (phase == 3) & (shut > 0.99))
-        left, velocity = left - (phase == 4), velocity * ~(moving & still)[:, None]
-        alive = alive & (left > 0)
-    columns = [np.stack(column) for column in zip(*log)]                       # each (steps, n, ...)
-    for i in np.flatnonzero(world.success() & ~alive):
-        *state, _, proprio, actions, motion, phase = (c[columns[4][:, i], i] for c in columns)
-        yield i, dict(frames=toy_render(*state, look, size), proprio=proprio, actions=actions, truth_phase=phase,
-                      truth_motion=motion, truth_layout=state[2].reshape(-1, 12).astype(np.float32))
+        motion = world.proprio() - proprio
+        for i, frame in zip(alive, frames, strict=True):
+            records[i].append((frame, proprio[i], actions[i], np.int8(phase[i]), motion[i]))
+        there = moving & (distance[:, 0] < 0.05)
+        shut = (phase == 1) & (world.opening < 0.01)
+        opened = (phase == 3) & (world.opening > 0.99)
+        part = part + ((there & (part < 8)) | shut | opened)
+        velocity = velocity * ~there[:, None]
+        left = left - (phase == 4)
+    names = ["frames", "proprio", "actions", "truth_phase", "truth_motion"]
+    for i in np.flatnonzero(world.success() & (left <= 0)):
+        yield i, dict(zip(names, map(np.stack, zip(*records[i], strict=True)), strict=True))
+
 
 def pack_toy(out, hand=880, demos=55, size=32, seed=0):
-    """Pack OUT/hand, action-free video of all 48 goals, and OUT/robot, demos a task with proprio and actions. One in eleven is held out."""
-    others = [g for g in GOALS if g not in TASKS]
-    for look, goals in (("hand", [(TASKS[i // 2 % 10] if i % 2 else others[i // 2 % 38]) for i in range(hand)]), ("robot", TASKS * demos)):
+    """Pack OUT/hand, action-free video of all goals, and OUT/robot, demos a task with actions, one
+    episode in eleven held out. A set that exists already is left as it is."""
+    others = [goal for goal in GOALS if goal not in TASKS]
+    mixed = [TASKS[i // 2 % 10] if i % 2 else others[i // 2 % 38] for i in range(hand)]
+
+    def episodes(look, goals):
+        for i, arrays in toy_demonstrate(look, goals, 2 * seed + (look == "robot"), size):
+            if look == "hand":
+                del arrays["proprio"], arrays["actions"]
+            split = "val" if i >= len(goals) * 10 // 11 else "train"
+            yield toy_text(goals[i]), str(GOALS.index(goals[i])), split, arrays
+
+    for look, goals in (("hand", mixed), ("robot", TASKS * demos)):
         if not Path(out, look).exists():
-            pack(Path(out, look), ((toy_text(goals[i]), str(GOALS.index(goals[i])), "val" if i >= len(goals) * 10 // 11 else "train",
-                                    arrays if look == "robot" else {k: v for k, v in arrays.items() if k not in ("proprio", "actions")})
-                                   for i, arrays in toy_demonstrate(look, goals, 2 * seed + (look == "robot"), size)), len(goals))
+            pack(Path(out, look), episodes(look, goals), len(goals), phases=TOY_PHASES)
 
-# ---------------------------------------------------------------- importers
+
+# ------------------------------------------------------------------------------------- importers
 def resize(frames, size):
-    """(T, H, W, 3) uint8 -> (T, size, size, 3), antialiased."""
-    small = lambda frame: np.asarray(Image.fromarray(frame).resize((size, size), Image.LANCZOS))
-    return frames if frames.shape[1:3] == (size, size) else np.stack([small(f) for f in frames])
+    """(T, H, W, 3) uint8 -> (T, size, size, 3), anti-aliased."""
+    if frames.shape[1:3] == (size, size):
+        return frames
+    images = [Image.fromarray(frame).resize((size, size), Image.LANCZOS) for frame in frames]
+    return np.stack([np.asarray(image) for image in images])
 
-def libero_episodes(files, size, demos, keep_actions, val):
-    """Episodes of LIBERO's official HDF5. There obs[j] was seen AFTER actions[j]: the action to learn from obs[j] is actions[j + 1]."""
+
+def natural(name):
+    """A sorting key by which demo_10 comes after demo_9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(name))]
+
+
+def libero_episodes(files, phases, args):
+    """Episodes of LIBERO's HDF5, one file a task; fills the list phases with the names they use.
+    There obs[j] was seen AFTER actions[j], so the action to learn from obs[j] is actions[j + 1]."""
     import h5py
+
     for path in files:
         try:
             with h5py.File(path, "r") as file:
-                data, task = file["data"], path.name.removesuffix("_demo.hdf5")
-                text = "".join(json.loads(data.attrs["problem_info"])["language_instruction"]).strip('"')
-                names = sorted((k for k in data if k.startswith("demo_")), key=lambda k: int(k[5:]))[:demos]        # demo_10 after demo_9
-                phases = [p.split(":")[-1].split("_")[-1] for p in json.loads(data.attrs.get("phase_names", "[]"))]     # "2:knob_turn"
-                for i, name in enumerate(names):
-                    obs, actions = data[name]["obs"], data[name]["actions"][:].astype(np.float32)
-                    proprio = np.concatenate([obs["joint_states"][:], obs["gripper_states"][:]], 1).astype(np.float32)
-                    episode = dict(frames=obs["agentview_rgb"][:], wrist=obs["eye_in_hand_rgb"][:], truth_actions=actions)
-                    episode |= dict(proprio=proprio, actions=actions) if keep_actions else {}
-                    if phases:
-                        episode["truth_phase"] = np.array([LIBERO_PHASES.index(phases[p]) for p in data[name]["phase"][:]], np.int8)
-                    episode = {k: v[1:] if k.endswith("actions") else v[:-1] for k, v in episode.items()}
-                    episode |= {k: resize(episode[k], size) for k in ("frames", "wrist")}
-                    yield text, task, "val" if i >= len(names) - round(val * len(names)) else "train", episode
+                data = file["data"]
+                problem = json.loads(data.attrs["problem_info"])
+                text = "".join(problem["language_instruction"]).strip('"')
+                demos = sorted((d for d in data if d.startswith("demo_")), key=natural)
+                demos = demos[: args.demos]
+                # scripted demonstrations name their phases: "2:knob_turn" is a "turn"
+                names = json.loads(data.attrs.get("phase_names", "[]"))
+                names = [re.split("[:_]", name)[-1] for name in names]
+                phases += [name for name in dict.fromkeys(names) if name not in phases]
+                for i, demo in enumerate(demos):
+                    obs, actions = data[demo]["obs"], data[demo]["actions"][1:].astype(np.float32)
+                    arrays = {"frames": resize(obs["agentview_rgb"][:-1], args.size)}
+                    arrays["wrist"] = resize(obs["eye_in_hand_rgb"][:-1], args.size)
+                    arrays["truth_actions"] = actions
+                    if not args.no_actions:
+                        body = [obs["joint_states"][:-1], obs["gripper_states"][:-1]]
+                        arrays["proprio"] = np.concatenate(body, 1).astype(np.float32)
+                        arrays["actions"] = actions
+                    if names:
+                        known = np.array([phases.index(name) for name in names], np.int8)
+                        arrays["truth_phase"] = known[data[demo]["phase"][:-1]]
+                    split = "val" if i >= len(demos) - round(args.val * len(demos)) else "train"
+                    yield text, path.name.removesuffix("_demo.hdf5"), split, arrays
         except (OSError, KeyError, ValueError, TypeError) as error:
-            fail(f"{path}: truncated, or not in LIBERO's format ({' '.join(str(error).split())[:120]})")
+            reason = " ".join(str(error).split())[:120]
+            fail(f"{path}: truncated, or not in LIBERO's format ({reason})")
+
 
 def read_labels(path):
-    """{video name: caption} from JSON or CSV with columns id (or file) and label (or text): Something-Something's label files work."""
+    """{video name: caption} of JSON or CSV with columns id (or file) and label (or text)."""
     try:
-        raw = Path(path).read_text() if path else "[]"
-        delimiter = ";" if ";" in raw.split("\n")[0] else ","
-        rows = json.loads(raw) if not path or path.endswith(".json") else csv.DictReader(raw.splitlines(), delimiter=delimiter)
-        return {Path(str(r.get("id", r.get("file")))).stem: str(r.get("label", r.get("text", ""))) for r in rows}
+        text = Path(path).read_text(encoding="utf-8-sig")
+        separator = ";" if ";" in text.split("\n")[0] else ","
+        table = csv.DictReader(text.splitlines(), delimiter=separator)
+        rows = json.loads(text) if path.endswith(".json") else list(table)
+        names = [Path(str(row.get("id", row.get("file")))).stem for row in rows]
+        captions = [str(row.get("label", row.get("text", ""))) for row in rows]
+        return dict(zip(names, captions, strict=True))
     except (OSError, ValueError, AttributeError) as error:
         fail(f"{path}: no label file with columns id and label ({type(error).__name__})")
 
-def video_episodes(files, labels, size, stride, val):
-    """Episodes of video files, or of folders of images; every stride-th frame."""
+
+def video_episodes(files, labels, args):
+    """Episodes of video files, or of folders of images in natural order; every stride-th frame."""
     import av
+
     for i, path in enumerate(files):
         try:
             if path.is_dir():
-                names = sorted(f for f in path.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png"))
-                frames = [np.asarray(Image.open(f).convert("RGB")) for f in names[::stride]]
+                images = [
+                    f for f in path.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png")
+                ]
+                images = sorted(images, key=natural)[:: args.stride]
+                frames = [np.asarray(Image.open(image).convert("RGB")) for image in images]
             else:
                 with av.open(str(path)) as video:
-                    frames = [f.to_ndarray(format="rgb24") for j, f in enumerate(video.decode(video=0)) if j % stride == 0]
-            frames = resize(np.stack(frames), size)
-        except (OSError, ValueError, IndexError) as error:                     # PyAV's errors are OSErrors and ValueErrors
+                    kept = islice(video.decode(video=0), 0, None, args.stride)
+                    frames = [frame.to_ndarray(format="rgb24") for frame in kept]
+            frames = resize(np.stack(frames), args.size)
+        except (OSError, ValueError, IndexError) as error:  # PyAV's are OSErrors and ValueErrors
             fail(f"{path}: unreadable video ({' '.join(str(error).split())[:100]})")
-        yield labels.get(path.stem, ""), path.stem, "val" if val and i % round(1 / val) == 0 else "train", dict(frames=frames)
+        split = "val" if args.val and i % round(1 / args.val) == 0 else "train"
+        yield labels.get(path.stem, ""), path.stem, split, {"frames": frames}
+
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, add = fail, parser.add_argument
-    add("kind", choices=["toy", "libero", "video"], help="the built-in world, LIBERO's HDF5 files, or a folder of videos")
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("kind", choices=["toy", "libero", "video"], help="the toy world, LIBERO's HDF5, or videos")
     add("--out", required=True, help="folder to write (toy: makes OUT/hand and OUT/robot)")
-    add("--src", help="folder of .hdf5 files (libero), or of .webm/.mp4/.gif files or image folders (video)")
-    add("--size", type=int, help="image side in pixels (default: toy 32, others 64)")
-    add("--demos", type=int, help="demonstrations a task (default: toy 55, of which 5 are held out; libero all)")
-    add("--videos", type=int, default=880, help="toy: number of hand videos (default: %(default)s)")
-    add("--actions", choices=["keep", "none"], default="keep", help="libero: none packs action-free video (default: %(default)s)")
-    add("--labels", help="video: captions, CSV or JSON (default: none)")
-    add("--stride", type=int, default=1, help="video: keep every n-th frame (default: %(default)s)")
-    add("--val", type=float, default=0.1, help="share of episodes held out for the figures (default: %(default)s)")
-    add("--seed", type=int, default=0, help="toy: seed of layouts and motion (default: %(default)s)")
+    add("--src", help="folder of .hdf5 files (libero), of .webm .mp4 .gif or image folders (video)")
+    add("--size", type=number(int, 16), default=64, help="image side in pixels (default: 64)")
+    add("--demos", type=number(int, 1), help="libero: demonstrations a task (default: all)")
+    add("--no-actions", action="store_true", help="libero: pack action-free video")
+    add("--labels", help="video: captions, a CSV or JSON file (default: none)")
+    add("--stride", type=number(int, 1), default=1, help="video: keep every n-th frame")
+    add("--val", type=number(float, 0, 0.5), default=0.1, help="share held out (default: 0.1)")
     args = parser.parse_args()
     if args.kind == "toy":
         if Path(args.out, "hand").exists() and Path(args.out, "robot").exists():
             fail(f"{args.out} is packed already: delete it or choose another --out")
-        return pack_toy(args.out, args.videos, args.demos or 55, args.size or 32, args.seed)
-    src, endings = Path(args.src or ""), (".hdf5",) if args.kind == "libero" else (".webm", ".mp4", ".gif")
-    files = sorted(f for f in src.iterdir() if f.suffix.lower() in endings or args.kind == "video" and f.is_dir()) if src.is_dir() else None
-    if not args.src or not files:
-        fail(f"--src {args.src}: " + ("no such folder" if not args.src or files is None else f"no {', '.join(endings)} files there"))
-    if args.kind == "libero":
-        pack(args.out, libero_episodes(files, args.size or 64, args.demos, args.actions == "keep", args.val), None, True, LIBERO_PHASES)
+        return pack_toy(args.out)
+    endings = [".hdf5"] if args.kind == "libero" else [".webm", ".mp4", ".gif"]
+    if not args.src or not Path(args.src).is_dir():
+        fail(f"--src {args.src}: no such folder")
+    files = sorted(Path(args.src).iterdir(), key=natural)
+    videos = args.kind == "video"
+    files = [f for f in files if f.suffix.lower() in endings or (videos and f.is_dir())]
+    if not files:
+        fail(f"--src {args.src}: no {', '.join(endings)} files there")
+    if videos:
+        labels = read_labels(args.labels) if args.labels else {}
+        pack(args.out, video_episodes(files, labels, args), len(files))
     else:
-        pack(args.out, video_episodes(files, read_labels(args.labels), args.size or 64, args.stride, args.val), len(files))
+        phases = []
+        pack(args.out, libero_episodes(files, phases, args), None, True, phases)
+
 
 if __name__ == "__main__":
     main()

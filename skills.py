@@ -1,350 +1,606 @@
 """
 Stage 2, skill discovery: H-Net dynamic chunking over the latent actions of stage 1.
 
-A stage reads a sequence of vectors, decides where one piece ends and the next begins, and hands only the first vector of each piece to
-the stage above it; what comes back is spread over the frames again, and the whole network predicts the next latent action (HiLAM, arXiv
-2603.05815, section 3.2; H-Net, arXiv 2507.07955). Two stages by default: primitive skills (reach, carry), then sub-goals.
+A stage reads a sequence of vectors, decides where one piece ends and the next begins, and hands
+only the first vector of each piece to the stage above it; what comes back is spread over the
+frames again, and the whole network predicts the next latent action (HiLAM, arXiv 2603.05815,
+section 3.2; H-Net, arXiv 2507.07955). Two stages by default: primitive skills, then sub-goals.
 
-    h = E(z)                                          encoder, causal, ends in RMSNorm
-    p_1 = 1, p_t = (1 - cos(q_{t-1}, k_t)) / 2        boundary probability, q of h, k of z; b_t = 1 where p_t >= 0.5
-    z' = Chunk(h; b)                                  keep the vectors at boundaries
-    z = D(DeChunk(M(z'); b, p) * ste(c) + R(h))       main network (again a stage, or at the top a causal transformer), then the decoder
-    loss = L_latent + rec * L_rec + ratio * L_ratio   next latent; next frame drawn by the frozen FDM; chunk rate near 1/N
+    h = E(z)                                      encoder, causal, ends in RMSNorm
+    p_1 = 1, p_t = (1 - cos(q_{t-1}, k_t)) / 2    boundary probability; b_t = 1 where p_t >= 0.5
+    z' = Chunk(h; b)                              keep the vectors at boundaries
+    y  = DeChunk(M(z'); b, p) * ste(c) + R(h)     M: again a stage, or a transformer at the top
+    loss = L_latent + rec * L_rec + ratio * L_ratio
 
-    python skills.py                                  # toy world, a minute and a half on two CPU cores
+    python skills.py                              # toy world, a minute on a laptop
     python skills.py --data data/libero_10 --out out/libero_10 --chunk 20 3
 
-Writes OUT/skills.pt, and for every packed set OUT/skills1.SET.npy, skills2.SET.npy (T, width: the skill of every frame),
-uniform1.SET.npy ... (the same cut uniformly, a control) and boundaries.SET.npy (T, stages) bool; OUT/skills.json; OUT/skills.png.
+Expect on the toy world: boundaries of stage 1 on grasps and releases with F1 above 0.9, uniform
+ones 0.25. Writes to OUT: skills.pt, skills.json, skills.png, skills_log.csv and its curves, and for
+each packed set boundaries.SET.npy (T, stages) bool and for each stage s skills<s>.SET.npy (T,
+width), the skill of every frame, and uniform<s>.SET.npy, the same of a uniform cut, a control.
 """
-import collections, itertools, time
+
+import math
+import random
+import time
+from collections import namedtuple
 from pathlib import Path
+
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from scipy.signal import find_peaks
-from scipy.sparse import csgraph, csr_matrix
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import maximum_bipartite_matching
+from torch import nn
 from tqdm import tqdm
-from sklearn import cluster, metrics
-import lam
-from data import RANK, WORLD, fail, fingerprint, load_checkpoint, load_weights, open_sets, write
-from lam import Block, descend, draw_strip, pooled, resume, save_checkpoint, setup, stage_parser, step_rng, upright
 
-def get_args(argv=None):
-    parser = stage_parser(__doc__, steps=600)
+from data import (
+    checksum,
+    fail,
+    load_checkpoint,
+    load_weights,
+    make_parser,
+    number,
+    open_sets,
+    resume,
+    start,
+    write,
+    write_log,
+)
+from lam import LAM, draw_strip, ridge, to_pixels
+
+
+def get_args():
+    parser = make_parser(__doc__, steps=600)
     add = parser.add_argument_group("H-Net").add_argument
-    add("--chunk", type=float, nargs="+", default=[15, 3], help="N: target length of a chunk, one number a stage (default: %(default)s)")
-    add("--least", type=int, default=5, help="frames in the shortest chunk of stage 1 (default: %(default)s)")
-    add("--width", type=int, nargs="+", default=[64], help="vector width: one, or one a stage and one on top (default: %(default)s)")
-    add("--layers", type=int, default=4, help="blocks in every encoder, decoder and the top network (default: %(default)s)")
+    text = "N: target length of a chunk, a number a stage (default: 15 3)"
+    add("--chunk", type=number(float, 1.5), nargs="+", default=[15.0, 3.0], help=text)
+    text = "shortest chunk of stage 1 in frames; H-Net: 1 (default: 5)"
+    add("--least", type=number(int, 1), default=5, help=text)
+    text = "what a frame's skill is: the mean of the vectors from it to its segment's end (ahead), "
+    text += "or, as in the paper, the segment's first vector (default: ahead)"
+    add("--skill", choices=["ahead", "first"], default="ahead", help=text)
+    add("--width", type=number(int, 8), default=64, help="vector width (default: 64)")
+    text = "blocks in each encoder and decoder, half of those at the top (default: 4)"
+    add("--layers", type=number(int, 1), default=4, help=text)
     add = parser.add_argument_group("loss and optimizer").add_argument
-    add("--rec", type=float, default=0.1, help="weight of the frame reconstruction loss; 0 switches it off (default: %(default)s)")
-    add("--ratio", type=float, default=0.1, help="weight of the chunk ratio loss; 0.03 in H-Net (default: %(default)s)")
-    add("--slow", type=float, nargs=2, default=[0.03, 0.3], help="share of --lr: of embedding and k, of encoders (default: %(default)s)")
-    add("--batch", type=int, default=16, help="episodes a step, shared equally by the sets (default: %(default)s)")
-    add("--window", type=int, default=128, help="frames of an episode seen at a time (default: %(default)s)")
-    add("--lr", type=float, default=1e-3, help="peak learning rate of AdamW (default: %(default)s)")
-    return parser.parse_args(argv)
+    text = "weight of the frame reconstruction loss; 0: off (default: 0.1)"
+    add("--rec", type=number(float, 0), default=0.1, help=text)
+    text = "weight of the chunk ratio loss; H-Net: 0.03 (default: 0.1)"
+    add("--ratio", type=number(float, 0), default=0.1, help=text)
+    text = "share of --lr for the embedding and k, and for the encoders (default: 0.03 0.3)"
+    add("--slow", type=number(float, 0, 1), nargs=2, default=[0.03, 0.3], help=text)
+    text = "episodes a step, shared equally by the sets (default: 16)"
+    add("--batch", type=number(int, 1), default=16, help=text)
+    text = "frames of an episode seen at a time (default: 128)"
+    add("--window", type=number(int, 2), default=128, help=text)
+    text = "peak learning rate of AdamW (default: 1e-3)"
+    add("--lr", type=number(float, 1e-9), default=1e-3, help=text)
+    return parser.parse_args()
 
-# ---------------------------------------------------------------- dynamic chunking
-# What one stage decided: probability (B, L) float; boundary (B, L) bool; mask (B, L) bool, False on padding; token (B, L, D) = h.
-Routing = collections.namedtuple("Routing", "probability boundary mask token")
 
-class Cosine(torch.autograd.Function):
-    """cos(q_{t-1}, k_t), from q and k (B, L, D) to (B, L - 1). The gradient by hand reads (B, L, D) half as often as autograd's."""
-    @staticmethod
-    def forward(ctx, q, k):
-        n, m = ((x * x).sum(-1, keepdim=True).clamp_min(1e-16).rsqrt() for x in (q[:, :-1], k[:, 1:]))       # 1 / |q|, 1 / |k|
-        ctx.save_for_backward(q, k, n, m, c := (q[:, :-1] * k[:, 1:]).sum(-1, keepdim=True) * n * m)
-        return c[..., 0]
-    @staticmethod
-    def backward(ctx, gradient):                                                    # dc/dq = n m k - c n^2 q, dc/dk = n m q - c m^2 k
-        (q, k, n, m, c), g = ctx.saved_tensors, gradient[..., None]
-        dq, dk = torch.zeros_like(q), torch.zeros_like(k)
-        torch.mul(k[:, 1:], g * n * m, out=dq[:, :-1]).addcmul_(q[:, :-1], -g * c * n * n)
-        torch.mul(q[:, :-1], g * n * m, out=dk[:, 1:]).addcmul_(k[:, 1:], -g * c * m * m)
-        return dq, dk
+# ------------------------------------------------------------------------------- dynamic chunking
+# What one stage decided. probability p and boundary b: (B, L); mask (B, L), False on padding;
+# vectors h (B, L, D), the encoder's.
+Routing = namedtuple("Routing", "probability boundary mask vectors")
+
 
 def ste(c):
-    """Straight-through estimator: 1 forward, identity backward (H-Net, eq. 7)."""
+    """Straight-through estimator: 1 forward, the identity backward (H-Net, eq. 7)."""
     return c + (1 - c).detach()
+
+
 def route(q, k, mask, least=1, apart=1):
-    """Boundary probability and boundaries, (B, L), from q, k (B, L, D) (H-Net, eq. 4). The first position is always one, padding never.
-    No chunk is shorter than least or apart. apart above 1, where adjacent vectors overlap: k meets q of so many positions before."""
-    q = F.pad(q[:, :1 - apart], (0, 0, apart - 1, 0), "replicate") if apart > 1 else q
-    p = torch.cat([q.new_ones(len(q), 1), (1 - Cosine.apply(q, k)) / 2], 1)         # (B, L)
+    """Boundary probability p_t and boundaries b_t, (B, L), from q, k (B, L, D) (H-Net, eq. 4).
+
+    The first position is always a boundary, padding never; no chunk is shorter than least. Where
+    adjacent vectors overlap, k_t meets the q of apart positions before.
+    """
+    q = F.normalize(q, dim=-1)
+    k = F.normalize(k, dim=-1)
+    before = torch.cat([q[:, :1].expand(-1, apart, -1), q[:, 1:-apart]], dim=1)[:, : q.shape[1] - 1]
+    cosine = (before * k[:, 1:]).sum(-1)  # cos(q_{t-1}, k_t)
+    p = torch.cat([cosine.new_ones(len(q), 1), (1 - cosine) / 2], dim=1)  # p_1 = 1
     boundary = (p >= 0.5) & mask
-    for t in range(1, p.shape[1] if (least := max(least, apart)) > 1 else 0):
-        boundary[:, t] &= ~boundary[:, max(0, t - least + 1):t].any(1)
+    least = max(least, apart)
+    for t in range(1, p.shape[1] if least > 1 else 0):
+        boundary[:, t] &= ~boundary[:, max(0, t - least + 1) : t].any(1)
     return p, boundary
 
+
 def chunk(h, boundary):
-    """Keep the vectors at boundaries: (B, L, D) -> (B, M, D), mask (B, M), and where each stood (B, M); M = most chunks of a row."""
+    """Chunk: keep the vectors at boundaries, (B, L, D) -> (B, M, D), M the most chunks of a row.
+
+    Returns also which of them are no padding, (B, M), and where each stood, (B, M).
+    """
     count = boundary.sum(1)
-    position = (~boundary).int().argsort(dim=1, stable=True)[:, :int(count.max())]      # boundaries first, in order
+    position = (~boundary).int().argsort(dim=1, stable=True)[:, : int(count.max())]
     mask = torch.arange(position.shape[1], device=h.device) < count[:, None]
     return h.gather(1, position[..., None].expand(-1, -1, h.shape[-1])), mask, position
+
+
 def dechunk(x, p, boundary, position):
-    """Smooth the chunks and spread them over their positions: y_m = (1 - p_m) y_{m-1} + p_m x_m; out_t = ste(c_t) y of t's chunk, with the
-    confidence c_t = p_t at boundaries, 1 - p_t elsewhere (H-Net, eq. 5-9). x (B, M, D), p and boundary (B, L) -> (B, L, D).
-    The recurrence is a product with the lower-triangular matrix W_mn = p_n prod_{j=n+1..m} (1 - p_j), built in log space."""
-    kept = p.gather(1, position).clamp(1e-4, 1 - 1e-4).float()                      # (B, M)
-    s = torch.log1p(-kept).cumsum(1)
-    y = ((s[:, :, None] - s[:, None, :]).tril().exp().tril() * kept[:, None, :]).to(x.dtype) @ x              # (B, M, D)
-    index = boundary.long().cumsum(1).sub(1).clamp_min(0) + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-    y = F.embedding(index, y.flatten(0, 1))                                         # (B, L, D): every position has its chunk's row
-    return y * ste(torch.where(boundary, p, 1 - p))[..., None].to(x.dtype)
+    """DeChunk: smooth the chunks x (B, M, D) and spread them over their positions, (B, L, D).
+
+    y_m = (1 - p_m) y_{m-1} + p_m x_m, then out_t = ste(c_t) y of t's chunk, with the confidence
+    c_t = p_t at boundaries and 1 - p_t elsewhere (H-Net, eq. 5-9). The recurrence is a product
+    with the matrix W_mn = p_n (1 - p_{n+1}) ... (1 - p_m), n <= m, made in log space.
+    """
+    kept = p.gather(1, position).clamp(1e-4, 1 - 1e-4)  # p_m (B, M)
+    log = torch.log1p(-kept).cumsum(1)
+    weights = (log[:, :, None] - log[:, None, :]).tril().exp().tril() * kept[:, None, :]
+    y = weights @ x  # (B, M, D)
+    which = (boundary.long().cumsum(1) - 1).clamp_min(0)  # (B, L) the chunk of each position
+    first_row = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    spread = F.embedding(which + first_row, y.flatten(0, 1))
+    confidence = torch.where(boundary, p, 1 - p)
+    return spread * ste(confidence)[..., None]
+
+
 def ratio_loss(boundary, p, mask, n):
-    """N/(N-1) ((N-1) F G + (1-F)(1-G)) with F the share of boundaries and G the mean probability (H-Net, eq. 10). Returns loss, F, G."""
-    count = pooled(mask.sum())
-    f, g = pooled((boundary & mask).sum() / count), (p * mask).sum() / count
+    """N/(N-1) ((N-1) F G + (1-F)(1-G)), F the share of boundaries, G the mean probability, over
+    unpadded positions (H-Net, eq. 10). Returns the loss, F and G."""
+    count = mask.sum()
+    f = (boundary & mask).sum() / count
+    g = (p * mask).sum() / count
     return n / (n - 1) * ((n - 1) * f * g + (1 - f) * (1 - g)), f, g
 
-# ---------------------------------------------------------------- network
-class Stage(nn.Module):
-    """One H-Net stage around its main network: again a Stage, or at the top a stack of blocks. widths: of this stage and those above."""
-    def __init__(self, widths, stages, layers, least=1, apart=1):
+
+# ---------------------------------------------------------------------------------------- network
+class Block(nn.Module):
+    """Pre-norm causal transformer block, (B, L, D) -> (B, L, D); attention fades with distance
+    (ALiBi). It starts as the identity, so that the router first sees the latents as they are."""
+
+    def __init__(self, width, heads=4):
         super().__init__()
-        d, self.least, self.apart, self.every = widths[0], least, apart, 0
-        blocks = lambda n, width: nn.Sequential(*[Block(width) for _ in range(n)])
-        self.encoder, self.decoder = blocks(layers, d).append(nn.RMSNorm(d, elementwise_affine=False)), blocks(layers, d)
-        self.q, self.k, self.residual = (nn.Linear(d, d, bias=False) for _ in range(3))
-        nn.init.eye_(self.q.weight), nn.init.eye_(self.k.weight), nn.init.zeros_(self.residual.weight)
-        self.pad = nn.Parameter(torch.zeros(widths[1] - d)) if widths[1] > d else None     # H-Net widens by appending a learned vector
-        self.main = Stage(widths[1:], stages - 1, layers) if stages > 1 else blocks(2 * layers, widths[1])
+        self.heads = heads
+        self.norm1 = nn.RMSNorm(width)
+        self.norm2 = nn.RMSNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width, bias=False)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width, bias=False)
+        nn.init.zeros_(self.proj.weight)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, x):
+        b, length, width = x.shape
+        qkv = self.qkv(self.norm1(x)).view(b, length, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, D / heads) each
+        at = torch.arange(length, device=x.device)
+        ago = at[:, None] - at  # how far back, negative in the future
+        slope = -(0.5 ** torch.arange(1, self.heads + 1, device=x.device)[:, None, None])
+        bias = (slope * ago).masked_fill(ago < 0, -torch.inf).to(q.dtype)
+        mixed = F.scaled_dot_product_attention(q, k, v, bias[None])
+        x = x + self.proj(mixed.transpose(1, 2).reshape(b, length, width))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+def stack(layers, width):
+    return nn.Sequential(*[Block(width) for _ in range(layers)])
+
+
+class Stage(nn.Module):
+    """One H-Net stage around its main network M: again a Stage, or at the top a transformer."""
+
+    def __init__(self, width, stages, layers, least=1, apart=1):
+        super().__init__()
+        self.least = least
+        self.apart = apart
+        self.encoder = stack(layers, width).append(nn.RMSNorm(width, elementwise_affine=False))
+        self.decoder = stack(layers, width)
+        self.q = nn.Linear(width, width, bias=False)
+        self.k = nn.Linear(width, width, bias=False)
+        self.residual = nn.Linear(width, width, bias=False)  # R
+        nn.init.eye_(self.q.weight)
+        nn.init.eye_(self.k.weight)
+        nn.init.zeros_(self.residual.weight)
+        self.main = Stage(width, stages - 1, layers) if stages > 1 else stack(2 * layers, width)
+
     def forward(self, x, mask):
-        """x (B, L, D), mask (B, L) -> output (B, L, D) and the Routing of this stage and of all above it."""
+        """x (B, L, D), mask (B, L) -> output (B, L, D), Routings of this stage and all above it."""
         h = self.encoder(x)
-        p, boundary = route(self.q(h), self.k(x), mask, self.least, self.apart)      # H-Net has k(h); k(x) is what comes, q(h) foretells it
-        if self.every:                                                              # a control: cut uniformly instead
-            boundary = mask & (torch.arange(mask.shape[1], device=mask.device) % self.every == 0)
+        # H-Net makes k of h as well; made of x it is what comes, and q of h is what was foretold
+        p, boundary = route(self.q(h), self.k(x), mask, self.least, self.apart)
         z, inner_mask, position = chunk(h, boundary)
-        z = z if self.pad is None else torch.cat([z, self.pad.expand(*z.shape[:2], -1)], -1)
-        y, above = self.main(z, inner_mask) if isinstance(self.main, Stage) else (self.main(z), [])
-        out = dechunk(y[..., :h.shape[-1]], p, boundary, position) + self.residual(h)
-        return self.decoder(out), [Routing(p, boundary, mask, h)] + above
+        if isinstance(self.main, Stage):
+            z, above = self.main(z, inner_mask)
+        else:
+            z, above = self.main(z), []
+        out = dechunk(z, p, boundary, position) + self.residual(h)
+        return self.decoder(out), [Routing(p, boundary, mask, h), *above]
+
 
 class HNet(nn.Module):
-    """Standardised latents z (B, L, latent), mask (B, L) -> at t a prediction of z_{t+1}, and the routings of all stages."""
-    def __init__(self, latent, widths, stages, layers, least=1, gap=1):
+    """Standardised latents z (B, L, latent), mask (B, L) -> at t a prediction of z_{t+1}, and the
+    Routings of all stages. Latents of a gap above 1 overlap: then the change of z is predicted."""
+
+    def __init__(self, latent, width, stages, layers, least=1, gap=1):
         super().__init__()
-        self.embed, self.head, self.overlap = nn.Linear(latent, widths[0], bias=False), nn.Linear(widths[0], latent), gap > 1
-        nn.init.orthogonal_(self.embed.weight), [nn.init.zeros_(p) for p in self.head.parameters() if self.overlap]    # keeps k's angles
-        self.stage, self.norm = Stage(widths + widths[-1:], stages, layers, least, max(1, gap // 2)), nn.RMSNorm(widths[0])
+        self.overlap = gap > 1
+        self.embed = nn.Linear(latent, width, bias=False)
+        self.stage = Stage(width, stages, layers, least, max(1, gap // 2))
+        self.norm = nn.RMSNorm(width)
+        self.head = nn.Linear(width, latent)
+        nn.init.orthogonal_(self.embed.weight)  # keeps the angles between latents
+        if self.overlap:
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
     def forward(self, z, mask):
         y, routings = self.stage(self.embed(z), mask)
-        return self.head(self.norm(y)) + z * self.overlap, routings                  # where latents overlap, the next is nearly the last
+        prediction = self.head(self.norm(y))
+        return (prediction + z if self.overlap else prediction), routings
+
 
 def frame_rate(routings):
-    """Every stage at frame rate: boundaries, list of (B, L) bool, and every frame's skill, list of (B, L, D) (HiLAM: k_t = cumsum b)."""
-    boundaries, skills, inner = [], [], torch.ones_like(routings[0].boundary)       # inner: the frames at which this stage has a position
-    for r in routings:
-        rank = (inner.long().cumsum(1) - 1).clamp_min(0)                            # which position of this stage a frame belongs to
-        inner = inner & r.boundary.gather(1, rank)
-        begin = torch.where(inner, torch.arange(inner.shape[1], device=inner.device), 0).cummax(1).values     # where its segment began
+    """Every stage at frame rate: boundaries, a list of (B, L) bool, and the encoder's vector of the
+    position that each frame belongs to, a list of (B, L, D)."""
+    boundaries, vectors = [], []
+    inner = torch.ones_like(routings[0].boundary)  # the frames at which this stage has a position
+    for routing in routings:
+        index = (inner.long().cumsum(1) - 1).clamp_min(0)
+        width = routing.vectors.shape[-1]
+        vectors.append(routing.vectors.gather(1, index[..., None].expand(-1, -1, width)))
+        inner = inner & routing.boundary.gather(1, index)
         boundaries.append(inner)
-        skills.append(r.token.gather(1, rank.gather(1, begin)[..., None].expand(-1, -1, r.token.shape[-1])))
-    return boundaries, skills
+    return boundaries, vectors
 
-# ---------------------------------------------------------------- data
-def load_latents(dataset, out, k=""):
-    """Latents (T, D) of a packed set: those stage 1 wrote into out, or latents.npy inside the set, from any other LAM. k: of --shorter."""
-    for path in filter(Path.exists, (Path(out, f"latents{k}.{dataset.name}.npy"), dataset.path / f"latents{k}.npy")):
-        if len(z := np.load(path)) != dataset.total or not np.isfinite(z).all():
-            fail(f"{path}: {len(z)} latents for {dataset.total} frames, or a NaN among them: run `python lam.py` again")
-        return z
+
+def skill_vectors(vectors, boundary, rule):
+    """zbar_t = z_{k_t}, k_t = cumsum(b): the skill of every frame, (T, D), from the encoder's vectors
+    (T, D) and the boundaries (T,). first: the vector at the segment's first frame, as Chunk keeps
+    it; ahead: the mean of the vectors from frame t to the segment's end, what is still to come."""
+    starts = np.flatnonzero(boundary)
+    segment = np.cumsum(boundary) - 1  # k_t
+    if rule == "first":
+        return vectors[starts[segment]]
+    ends = np.append(starts[1:], len(boundary))[segment]
+    total = np.cumsum(vectors, axis=0, dtype=np.float64)
+    total = np.concatenate([np.zeros_like(total[:1]), total])  # row t: the sum of all before t
+    t = np.arange(len(boundary))
+    return ((total[ends] - total[t]) / (ends - t)[:, None]).astype(np.float32)
+
+
+def uniform_boundaries(boundary, starts, lengths):
+    """Boundaries (T,) cut uniformly, as many in each episode as boundary (T,) has there."""
+    uniform = np.zeros_like(boundary)
+    for begin, length in zip(starts, lengths, strict=True):
+        count = int(boundary[begin : begin + length].sum())
+        uniform[begin + np.arange(count) * length // count] = True
+    return uniform
+
+
+# ------------------------------------------------------------------------------- data and losses
+def load_latents(dataset, out):
+    """Latents (T, D) of a packed set: stage 1's in out, or else SET/latents.npy of any other LAM."""
+    for path in (Path(out, f"latents.{dataset.name}.npy"), dataset.path / "latents.npy"):
+        if path.exists():
+            z = np.load(path)
+            if len(z) != dataset.total or not np.isfinite(z).all():
+                fail(f"{path} does not fit {dataset.path}, or holds NaN: run `python lam.py` again")
+            return z
     fail(f"no latents for {dataset.path}: run `python lam.py` with the same --data and --out first")
 
-def get_batch(sets, latents, gap, count, window, rng, episodes):
-    """Random stretches of episodes: z (B, L, D), mask (B, L), their rows in the packed sets (B, L), and which set each is from (B,)."""
-    parts = []
-    for i, (dataset, latent) in enumerate(zip(sets, latents)):
-        length = np.maximum(2, dataset.length[e := rng.choice(episodes[i], WORLD * -(-count // len(sets)))] - gap)[:, None]
-        t = (rng.random(length.shape) * np.maximum(1, length - window + 1)).astype(int) + np.arange(window)  # (B, window)
-        rows = dataset.start[e][:, None] + np.minimum(t, length - 1)
-        parts.append([x[RANK::WORLD] for x in (latent[rows], t < length, rows, np.full(len(e), i))])
-    z, mask, rows, source = map(np.concatenate, zip(*parts))
-    return torch.from_numpy(z[:, :(longest := mask.sum(1).max())]), torch.from_numpy(mask[:, :longest]), rows[:, :longest], source
 
-def losses(model, fdm, batch, sets, args, scale, rng, device):
-    """The loss of a batch; L_latent, L_rec, and F and G of every stage. scale (sets, 2, D): mean and deviation of latents."""
-    z, mask, rows, source = *(x.to(device) for x in batch[:2]), *batch[2:]
-    (prediction, routings), valid, rec = model(z, mask), mask[:, 1:], torch.zeros((), device=device)
-    latent = (prediction[:, :-1] - z[:, 1:]).abs()[valid].mean() * (valid.sum() / pooled(valid.sum()))     # L_latent, l1
-    if fdm is not None:                                                             # L_rec at 32 positions: I_{t+1+k} from I_{t+1} and the
-        pick = rng.permutation(np.flatnonzero(valid.cpu().numpy()))[:32]            # PREDICTED latent; the frozen FDM passes gradients
-        b, t = np.unravel_index(np.sort(pick), valid.shape)                         # sorted: set after set, as in rows
-        at = [(s, rows[b, t + 1][source[b] == i]) for i, s in enumerate(sets)]
-        now, future = (torch.cat([lam.images(s, r + gap, fdm.wrist, device) for s, r in at]) for gap in (0, fdm.gap))
-        rec = lam.ratio(fdm(now, prediction[b, t] * scale[source[b], 1] + scale[source[b], 0]), future, now)
-    ratios = [ratio_loss(r.boundary, r.probability, r.mask, n) for r, n in zip(routings, args.chunk)]
-    total = latent + args.rec * rec + args.ratio * sum(x[0] for x in ratios)
-    return total, pooled(torch.stack([latent.detach(), rec.detach(), *(x.detach() for _, f, g in ratios for x in (f, g))])).tolist()
+def get_batch(sets, latents, episodes, gap, args, rng):
+    """Stretches of random episodes: z (B, L, D), mask (B, L), rows in the packed sets (B, L), and
+    the number of the set of each, (B,)."""
+    zs, masks, rows, source = [], [], [], []
+    for i, (dataset, z) in enumerate(zip(sets, latents, strict=True)):
+        e = rng.choice(episodes[i], max(1, args.batch // len(sets)))
+        length = (dataset.length[e] - gap)[:, None]
+        offset = rng.random(length.shape) * np.maximum(1, length - args.window + 1)
+        t = offset.astype(int) + np.arange(args.window)  # (B, window)
+        row = dataset.start[e][:, None] + np.minimum(t, length - 1)
+        zs.append(z[row])
+        masks.append(t < length)
+        rows.append(row)
+        source.append(np.full(len(e), i))
+    z, mask = torch.from_numpy(np.concatenate(zs)), torch.from_numpy(np.concatenate(masks))
+    return z, mask, np.concatenate(rows), np.concatenate(source)
 
-# ---------------------------------------------------------------- figures
-def events(phase, names, gripper=False):
-    """Frames at which the true skill changes: the middle of each grasp and release and, if not gripper, other changes. phase (L,)."""
-    starts = np.flatnonzero(np.diff(phase, prepend=phase[0] - 1))
-    short = np.isin(phase[starts], [names.index("grasp"), names.index("release")])
-    keep = short | ~np.append(True, short[:-1]) & (not gripper)     # where a grasp ends is no further event, nor is the first frame
-    return np.where(short, (starts + np.append(starts[1:], len(phase)) - 1) // 2, starts)[keep]
-def match(found, true, slack=2):
-    """Number of true events with a boundary of their own within slack frames: a maximum bipartite matching."""
-    near = csr_matrix(np.abs(np.asarray(found, int)[:, None] - np.asarray(true, int)) <= slack)
-    return int((csgraph.maximum_bipartite_matching(near) >= 0).sum()) if near.nnz else 0
-def f1(pairs):
-    """F1 over episodes of (boundaries, events), +-2 frames; the first frame of an episode is a boundary for free and does not count."""
-    return 2 * sum(match(b, e) for b, e in pairs) / max(1, sum(len(b) + len(e) for b, e in pairs))
-def peaks(z, count):
-    """The count highest local maxima of the cosine dissimilarity of adjacent latents z (L, D): a control that needs no network."""
-    d = 1 - F.cosine_similarity(torch.from_numpy(z[1:]), torch.from_numpy(z[:-1])).numpy()
-    top = find_peaks(np.pad(d, 1, constant_values=-1))[0]           # of the padded d: position t + 1 is between z_t and z_{t+1}
-    return np.sort(top[np.argsort(-d[top - 1], kind="stable")[:count]])
-def whitening(x):
-    """A function that whitens vectors (N, D) by the mean and covariance of x (M, D), axes kept (ZCA): takes away what a body adds."""
-    value, axes = np.linalg.eigh(np.cov(x.T, bias=True))
-    return lambda v: (v - x.mean(0)) @ (axes * np.maximum(value, 1e-3 * value[-1] + 1e-9) ** -0.5) @ axes.T
 
-@torch.no_grad()
-def segment(model, dataset, latent, gap, device, batch=32):
-    """All of a packed set, in padded batches of episodes: boundaries (T, stages) bool, skills, one (T, D) a stage, and at t the prediction
-    of latent t+1, (T, latent). The k last frames of an episode, which have no latent, stay in the last segment."""
-    out = []
-    for part in np.array_split(np.arange(len(dataset.start)), max(1, len(dataset.start) // batch)):
-        t = np.arange((lengths := np.maximum(1, dataset.length[part] - gap)).max())
-        z = torch.from_numpy(latent[dataset.start[part][:, None] + np.minimum(t, lengths[:, None] - 1)])
-        prediction, routings = model(z.to(device), torch.from_numpy(t < lengths[:, None]).to(device))
-        at, skills = frame_rate(routings)
-        arrays = [x.cpu().numpy() for x in (torch.stack(at, -1), prediction, *skills)]
-        for i, (n, length) in enumerate(zip(lengths, dataset.length[part])):
-            out.append([a[i, np.minimum(np.arange(length), n - 1)] for a in arrays])
-            out[-1][0][n:] = False
-    boundaries, prediction, *skills = map(np.concatenate, zip(*out))
-    return boundaries, skills, prediction
-
-def score(sets, latents, boundaries, skills, gap):
-    """Figures of every stage on held-out episodes, lists with one number a stage: boundary F1 and its controls; NMI of clustered skill
-    vectors with the true phase; share of segments whose nearest (cosine, whitened) in another episode, in another set, has its phase."""
-    keys = [f"{what}_f1{control}" for what in ("boundary", "gripper") for control in ("", "_uniform", "_random", "_peaks")]
-    more = ["skill_nmi", "skill_retrieval", "skill_retrieval_other_set"]
-    figures, rng, stages = {key: [] for key in keys + more}, np.random.default_rng(0), boundaries[0].shape[1]
-    known = [i for i, dataset in enumerate(sets) if dataset.truth("phase") is not None]
-    for stage in range(stages if known else 0):
-        pairs, pieces, frames = {key: [] for key in keys}, [], []
-        white = {i: whitening(skills[i][stage][(r := sets[i].rows(sets[i].split("train"), gap))[boundaries[i][r, stage]]]) for i in known}
-        for i, e in [(i, e) for i in known for e in sets[i].split("val")]:
-            r = slice(start := sets[i].start[e], start + (n := sets[i].length[e] - gap))
-            found, phase = np.flatnonzero(boundaries[i][r, stage]), np.asarray(sets[i].truth("phase")[r])
-            uniform, chance = np.linspace(0, n, len(found) + 1)[1:-1].round().astype(int), 1 + rng.choice(n - 1, len(found) - 1, False)
-            cuts = found[1:], uniform, chance, peaks(latents[i][r], len(found) - 1)
-            true = [events(phase, sets[i].phases, gripper) for gripper in (False, True)]
-            [pairs[key].append((cut, event)) for key, (event, cut) in zip(keys, itertools.product(true, cuts))]
-            frames.append((vectors := skills[i][stage][r], phase))
-            parts = zip(white[i](vectors[found]), found, np.append(found[1:], n))
-            pieces += [(v, np.bincount(phase[a:b]).argmax(), 10 ** 6 * i + e, i) for v, a, b in parts]
-        [figures[key].append(f1(pairs[key])) for key in keys]
-        vectors, phase = map(np.concatenate, zip(*frames))
-        clusters = cluster.KMeans(len(np.unique(phase)), n_init=4, random_state=0).fit_predict(vectors)
-        figures["skill_nmi"].append(metrics.normalized_mutual_info_score(phase, clusters))
-        vectors, labels, episode, name = map(np.array, zip(*pieces))
-        n = F.normalize(torch.from_numpy(vectors), dim=1)
-        for key, group in zip(more[1:], (episode, name) if len(known) > 1 else (episode,)):
-            near = (n @ n.T).masked_fill(torch.from_numpy(group[:, None] == group), -2).argmax(1).numpy()
-            figures[key].append(float((labels[near] == labels).mean()))
-    return figures if known else dict.fromkeys(figures)
-
-@torch.no_grad()
-def evaluate(fdm, sets, latents, boundaries, predictions, args, scale, gap, device):
-    """On held-out episodes: next-latent l1 over copying the last latent, error of the frame drawn from it over copying, chunk rates."""
-    rows, frames = [s.rows(s.split("val"), gap + 1) for s in sets], []                # those with a next latent
-    l1, copy = (sum(np.abs(z[r + 1] - g[r]).sum() for z, g, r in zip(latents, guess, rows)) for guess in (predictions, latents))
-    kept = sum(b[s.rows(s.split("val"), gap)].sum(0) for s, b in zip(sets, boundaries))
-    total = sum(len(s.rows(s.split("val"), gap)) for s in sets)
-    for dataset, prediction, r, (mean, spread) in zip(sets, predictions, rows if fdm else [], scale):
-        for part in np.array_split(r[::8], max(1, len(r) // 2048)):
-            now, future = (lam.images(dataset, part + 1 + k, fdm.wrist, device) for k in (0, gap))
-            frames.append(lam.ratio(fdm(now, torch.from_numpy(prediction[part]).to(device) * spread + mean), future, now).item())
-    return dict(latent_l1_over_copy=float(l1 / copy), frame_error_predicted_latent=float(np.mean(frames)) if frames else None,
-                chunk_rate=(kept / np.append(total, kept[:-1])).tolist(), target_rate=[1 / n for n in args.chunk])
-
-@torch.no_grad()
-def rollout(model, fdm, sets, latents, scale, device, seen=24, jumps=8):
-    """Recursion on held-out videos (HiLAM, figure 5): after `seen` true latents each is predicted from predicted ones, a frame drawn from
-    a drawn one. Returns the errors of frames 1 .. jumps (k apart) over copying the last one known, and rows for draw()."""
-    rows, errors, last = [], [], seen - 1 + fdm.gap                                 # the newest frame that the true latents know
-    for dataset, latent, (mean, spread) in zip(sets, latents, scale):
-        if not len(start := dataset.start[e := dataset.split("val")][dataset.length[e] > last + jumps * fdm.gap]):
+def reconstruction(lam, prediction, mask, rows, source, sets, scale, rng):
+    """L_rec at 16 positions: the FROZEN FDM draws I_{t+1+k} from I_{t+1} and the PREDICTED latent
+    z_{t+1}; squared error over that of copying I_{t+1}."""
+    places = rng.permutation(np.argwhere(mask[:, 1:].cpu().numpy()))[:16]
+    error, copy = 0.0, 0.0
+    for i, dataset in enumerate(sets):
+        b, t = places[source[places[:, 0]] == i].T
+        if len(b) == 0:
             continue
-        z = torch.from_numpy(latent[start[:, None] + np.arange(seen)]).to(device)   # (E, seen, D), then longer and longer
-        while z.shape[1] <= last + (jumps - 1) * fdm.gap:
-            z = torch.cat([z, model(z, torch.ones_like(z[..., 0], dtype=torch.bool))[0][:, -1:]], 1)
-        true = [lam.images(dataset, start + last + j * fdm.gap, fdm.wrist, device) for j in range(jumps + 1)]
+        mean, deviation = scale[i]
+        now = lam.frames(dataset, rows[b, t + 1], prediction.device)
+        future = lam.frames(dataset, rows[b, t + 1] + lam.gap, prediction.device)
+        drawn = lam.fdm(now, prediction[b, t] * deviation + mean)
+        error = error + F.mse_loss(drawn, future, reduction="sum")
+        copy = copy + F.mse_loss(now, future, reduction="sum")
+    return error / copy
+
+
+# ---------------------------------------------------------------------------------------- figures
+@torch.no_grad()
+def segment(model, dataset, latents, gap, device):
+    """All of a packed set: boundaries (T, stages) bool, the encoder's vectors at frame rate, a list
+    of (T, D), and at t the prediction of latent t+1, (T, latent). The last k frames of an episode,
+    which have no latent, stay in its last segment."""
+    parts = []
+    groups = np.array_split(np.arange(len(dataset.start)), 1 + len(dataset.start) // 32)
+    for group in tqdm(groups, f"skills of {dataset.name}", disable=None):
+        known = np.maximum(1, dataset.length[group] - gap)[:, None]
+        t = np.arange(known.max())
+        z = torch.from_numpy(latents[dataset.start[group][:, None] + np.minimum(t, known - 1)])
+        prediction, routings = model(z.to(device), torch.from_numpy(t < known).to(device))
+        marks, vectors = frame_rate(routings)
+        arrays = [x.cpu().numpy() for x in (torch.stack(marks, -1), prediction, *vectors)]
+        for i, e in enumerate(group):
+            rows = np.minimum(np.arange(dataset.length[e]), known[i] - 1)
+            parts.append([array[i, rows] for array in arrays])
+            parts[-1][0][known[i, 0] :] = False
+    boundaries, prediction, *vectors = (np.concatenate(x) for x in zip(*parts, strict=True))
+    return boundaries, vectors, prediction
+
+
+def events(phase, names):
+    """Frames at which the true skill changes, (L,) -> (events,): the middle of each grasp and
+    release, and the other changes but the first frame and the end of a grasp or release."""
+    starts = np.flatnonzero(np.diff(phase, prepend=phase[0] - 1))
+    ends = np.append(starts[1:], len(phase))
+    found = []
+    after_short = True  # the first frame is no event
+    for begin, end in zip(starts, ends, strict=True):
+        short = names[phase[begin]] in ("grasp", "release")
+        if short:
+            found.append((begin + end - 1) // 2)
+        elif not after_short:
+            found.append(begin)
+        after_short = short
+    return np.array(found, int)
+
+
+def f1_score(found, true, slack=2):
+    """F1 of boundaries against events, lists of arrays, one an episode: a boundary counts for one
+    event within slack frames, by a maximum bipartite matching."""
+    hits = 0
+    for boundary, event in zip(found, true, strict=True):
+        near = csr_matrix(np.abs(boundary[:, None] - event) <= slack)
+        hits += int((maximum_bipartite_matching(near) >= 0).sum()) if near.nnz else 0
+    return round(2 * hits / max(1, sum(map(len, found)) + sum(map(len, true))), 4)
+
+
+def peaks(z, count):
+    """A control without a network: the count highest peaks of the cosine dissimilarity of adjacent
+    latents z (L, D)."""
+    a, b = torch.from_numpy(z[1:]), torch.from_numpy(z[:-1])
+    change = np.pad(1 - F.cosine_similarity(a, b).numpy(), 1, constant_values=-1)
+    top = find_peaks(change)[0]
+    return np.sort(top[np.argsort(-change[top], kind="stable")[:count]])
+
+
+def boundary_f1(sets, latents, boundaries, stage, gap):
+    """F1 of a stage's boundaries on held-out episodes with known phases, and of as many uniform and
+    as many peaks; the first frame is a boundary for free and does not count."""
+    true, found, uniform, highest = [], [], [], []
+    for dataset, z, marks in zip(sets, latents, boundaries, strict=True):
+        phase = dataset.open("truth_phase")
+        for e in dataset.split("val") if phase is not None else []:
+            length = dataset.length[e] - gap
+            rows = slice(dataset.start[e], dataset.start[e] + length)
+            true.append(events(np.asarray(phase[rows]), dataset.phases))
+            found.append(np.flatnonzero(marks[rows, stage])[1:])
+            cuts = np.linspace(0, length, len(found[-1]) + 2)[1:-1]
+            uniform.append(cuts.round().astype(int))
+            highest.append(peaks(z[rows], len(found[-1])))
+    if not true:
+        return {}
+    scored = {"boundary": found, "uniform": uniform, "peaks": highest}
+    return {f"f1_{name}": f1_score(cuts, true) for name, cuts in scored.items()}
+
+
+def skill_r2(dataset, skills, boundary):
+    """What a frame's skill says, read by ridge regression and held out: R2 of its action, and of the
+    sum of the actions (without the gripper's) until its segment's end."""
+    truth = dataset.open("truth_actions")
+    actions = np.asarray(dataset.actions if truth is None else truth, np.float64)
+    starts = np.flatnonzero(boundary)
+    ends = np.append(starts[1:], len(boundary))[np.cumsum(boundary) - 1]
+    total = np.concatenate([np.zeros_like(actions[:1]), np.cumsum(actions, axis=0)])
+    ahead = (total[ends] - total[:-1])[:, :-1]
+    train, val = (dataset.rows(dataset.split(name)) for name in ("train", "val"))
+    r2 = [ridge(skills[train], y[train], skills[val], y[val]) for y in (actions, ahead)]
+    return {"action_r2": r2[0], "segment_end_r2": r2[1]}
+
+
+def evaluate(sets, latents, boundaries, skills, uniform, predictions, gap):
+    """On held-out episodes: the predicted latent's l1 over that of copying the last one, and a list
+    of each stage's chunk rate, boundary F1 and what its skills say, where the truth is known."""
+    error, copy, stages, positions = 0.0, 0.0, [], 0
+    for dataset, z, prediction in zip(sets, latents, predictions, strict=True):
+        rows = dataset.rows(dataset.split("val"), gap + 1)
+        error += np.abs(z[rows + 1] - prediction[rows]).sum()
+        copy += np.abs(z[rows + 1] - z[rows]).sum()
+        positions += len(dataset.rows(dataset.split("val"), gap))
+    known = [i for i, s in enumerate(sets) if s.actions is not None or "truth_actions" in s.arrays]
+    for stage in range(boundaries[0].shape[1]):
+        held_out = [d.rows(d.split("val"), gap) for d in sets]
+        kept = sum(int(b[r, stage].sum()) for b, r in zip(boundaries, held_out, strict=True))
+        figures = {"rate": round(kept / positions, 4)}
+        positions = kept
+        figures |= boundary_f1(sets, latents, boundaries, stage, gap)
+        for i in known[-1:]:
+            figures |= skill_r2(sets[i], skills[i][stage], boundaries[i][:, stage])
+            even = uniform_boundaries(boundaries[i][:, stage], sets[i].start, sets[i].length)
+            control = skill_r2(sets[i], uniform[i][stage], even)
+            figures |= {f"uniform_{key}": value for key, value in control.items()}
+        stages.append(figures)
+    return {"latent_l1_over_copy": round(float(error / copy), 4), "stages": stages}
+
+
+@torch.no_grad()
+def rollout(model, lam, sets, latents, scale, device, seen=24, jumps=8):
+    """Recursion on held-out videos (HiLAM, figure 5): after `seen` true latents each is predicted
+    from predicted ones, and each frame drawn from a drawn one. Returns the squared errors of the
+    frames 1 .. jumps, k apart, over copying the last one known, and film strips."""
+    strip, errors = [], []
+    last = seen - 1 + lam.gap  # the newest frame that the true latents know
+    for dataset, z_all, (mean, deviation) in zip(sets, latents, scale, strict=True):
+        val = dataset.split("val")
+        begin = dataset.start[val[dataset.length[val] > last + jumps * lam.gap]]
+        if len(begin) == 0:
+            continue
+        z = torch.from_numpy(z_all[begin[:, None] + np.arange(seen)]).to(device)  # (E, seen, D)
+        while z.shape[1] < last + 1 + (jumps - 1) * lam.gap:
+            mask = torch.ones(z.shape[:2], dtype=torch.bool, device=device)
+            prediction, _ = model(z, mask)
+            z = torch.cat([z, prediction[:, -1:]], dim=1)
+        true = [lam.frames(dataset, begin + last + j * lam.gap, device) for j in range(jumps + 1)]
         drawn = true[:1]
         for j in range(jumps):
-            drawn.append(fdm(drawn[-1], z[:, last + j * fdm.gap] * spread + mean).clamp(0, 1))
-        errors.append([lam.ratio(a, b, true[0]).item() for a, b in zip(drawn[1:], true[1:])])
-        show = lambda x: upright(dataset, torch.stack(x)[:, 0, :3].mul(255).byte().permute(0, 2, 3, 1).cpu().numpy())
-        rows += [(f"{dataset.name}, true", show(true)), (f"{dataset.name}, predicted", show(drawn))]
-    return (np.mean(errors, 0).tolist() if errors else None), rows
+            code = z[:, last + j * lam.gap] * deviation + mean
+            drawn.append(lam.fdm(drawn[-1], code).clamp(0, 1))
+        errors.append([float(F.mse_loss(a, b)) for a, b in zip(drawn[1:], true[1:], strict=True)])
+        errors[-1] /= np.array([float(F.mse_loss(true[0], b)) for b in true[1:]])
+        for name, frames in (("what follows", true), ("predicted", drawn)):
+            pixels = to_pixels(dataset, torch.stack([frame[0] for frame in frames]))
+            strip.append((f"{dataset.name}: {name}", pixels))
+    return (np.mean(errors, axis=0).round(4).tolist() if errors else None), strip
+
 
 def draw(path, sets, boundaries, more):
-    """Film strip of a held-out video a set: stage-1 boundaries framed orange, stage-2 red (HiLAM, figure 4); below, rows of rollout()."""
-    rows, marks = [], {}
-    for dataset, b in zip(sets, boundaries):
-        for line in np.array_split(dataset.rows([e := dataset.split("val")[0]])[::2], -(-dataset.length[e] // 32)):
-            level = [b[t:t + 2].any(0).sum() for t in line]                         # how many stages cut here
-            marks |= {(len(rows), c): ("orange", "red", "purple")[min(n, 3) - 1] for c, n in enumerate(level) if n}
-            rows.append((dataset.name, upright(dataset, dataset.frames[line])))
-    draw_strip(path, rows + more, marks)
+    """A held-out video of each set with its boundaries (HiLAM, figure 4); more: strips below."""
+    strip, marks = [], {}
+    for dataset, b in zip(sets, boundaries, strict=True):
+        rows = dataset.rows(dataset.split("val")[:1])[::2]
+        for line in np.array_split(rows, -(-len(rows) // 20)):
+            for c, t in enumerate(line):
+                stages = int(b[t : t + 2].any(0).sum())  # how many stages cut here
+                if stages:
+                    marks[len(strip), c] = ["orange", "red", "purple"][min(stages, 3) - 1]
+            strip.append(
+                (f"{dataset.name}, every second frame", dataset.upright(dataset.frames[line]))
+            )
+    caption = "a skill begins at an orange edge (stage 1) and at a red one (stage 2 as well)"
+    draw_strip(path, strip + more, caption, marks)
+
+
+def report(args, model, lam, sets, latents, scale, gap, device):
+    """Write boundaries and skills, measure them, print what a person wants to know, draw."""
+    found = [segment(model, d, z, gap, device) for d, z in zip(sets, latents, strict=True)]
+    boundaries, vectors, predictions = zip(*found, strict=True)
+    skills, uniform = [], []
+    for dataset, marks, hs in zip(sets, boundaries, vectors, strict=True):
+        cuts = [uniform_boundaries(b, dataset.start, dataset.length) for b in marks.T]
+        skills.append([skill_vectors(h, b, args.skill) for h, b in zip(hs, marks.T, strict=True)])
+        uniform.append([skill_vectors(h, b, args.skill) for h, b in zip(hs, cuts, strict=True)])
+        write(Path(args.out, f"boundaries.{dataset.name}.npy"), marks)
+        for stage in range(len(hs)):
+            write(Path(args.out, f"skills{stage + 1}.{dataset.name}.npy"), skills[-1][stage])
+            write(Path(args.out, f"uniform{stage + 1}.{dataset.name}.npy"), uniform[-1][stage])
+    figures = evaluate(sets, latents, boundaries, skills, uniform, predictions, gap)
+    strip = []
+    if lam:
+        figures["rollout_error"], strip = rollout(model, lam, sets, latents, scale, device)
+    write(Path(args.out, "skills.json"), figures)
+    draw(Path(args.out, "skills.png"), sets, boundaries, strip)
+    print("on held-out episodes:")
+    print(f"  next latent, l1 error over copying the last: {figures['latent_l1_over_copy']:.2f}")
+    if figures.get("rollout_error"):
+        print(f"  frames 1, 2, ... ahead, error over copying the last: {figures['rollout_error']}")
+    for n, (stage, target) in enumerate(zip(figures["stages"], args.chunk, strict=True), 1):
+        print(
+            f"  stage {n}: boundaries at {stage['rate']:.3f} of its positions (1/N {1 / target:.3f})"
+        )
+        if "f1_boundary" in stage:
+            f1 = [stage[f"f1_{name}"] for name in ("boundary", "uniform", "peaks")]
+            print("    F1 with true changes {:.2f}, uniform {:.2f}, peaks {:.2f}".format(*f1))
+        if "action_r2" in stage:
+            for name, key in (("", ""), (" of a uniform cut", "uniform_")):
+                r2 = f"{stage[key + 'action_r2']}, of the way to its end {stage[key + 'segment_end_r2']}"
+                print(f"    R2 from a skill{name} to the action {r2}")
+
 
 def main():
     args = get_args()
-    len(args.width) in (1, len(args.chunk) + 1) and min(args.chunk) > 1 or fail("--width: 1 number or 1 more than stages; --chunk: above 1")
-    device, sets = setup(args), open_sets(args.data)
-    args.data_checksum = fingerprint(*(raw := [load_latents(s, args.out) for s in sets]))
-    fdm, gap, lam_path = None, 0, Path(args.out, "lam.pt")
-    if lam_path.exists():
-        record = load_checkpoint(lam_path, "lam")
-        load_weights(model := lam.LAM(record["args"], sets[0].frames.shape[1]), record, lam_path)
-        fdm, gap = model.fdm.to(device).requires_grad_(False), record["args"]["gap"]
-        fdm.wrist, fdm.gap = record["args"]["wrist"], gap
-    fdm and args.rec or print(f"the reconstruction loss is off: {'--rec 0' if fdm else f'no FDM for these latents, {lam_path} is missing'}")
-    used = [z[s.rows(s.split("train"), gap)] for s, z in zip(sets, raw)]            # else adjacent latents are parallel: no cuts
-    scale = np.stack([[z.mean(0), np.full(z.shape[1], z.var(0).mean() ** 0.5 + 1e-6)] for z in used]).astype(np.float32)
-    latents, scale = [((z - m) / d).astype(np.float32) for z, (m, d) in zip(raw, scale)], torch.from_numpy(scale).to(device)
-    widths = args.width * (len(args.chunk) + 1) if len(args.width) == 1 else args.width
-    model = HNet(raw[0].shape[1], widths, len(args.chunk), args.layers, args.least, gap).to(device)
-    # k stays near the latents; q and, less freely, the encoders learn to foretell it. A boundary is where that fails.
-    share = lambda name: args.slow[0] if "embed" in name or ".k." in name else args.slow[1] if "encoder" in name else 1.0
-    groups = [dict(params=[p for n, p in model.named_parameters() if share(n) == f], share=f) for f in sorted({*args.slow, 1.0})]
+    device, _, world = start(args.out, args.device)
+    if world > 1:
+        fail("skills.py runs in one process: start it without torchrun")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    sets = open_sets(args.data)
+    raw = [load_latents(dataset, args.out) for dataset in sets]
+    lam, gap = None, 0
+    if Path(args.out, "lam.pt").exists():
+        record = load_checkpoint(Path(args.out, "lam.pt"), "lam")
+        lam = LAM(record["settings"], sets[0].frames.shape[1])
+        load_weights(lam, record, Path(args.out, "lam.pt"))
+        lam.to(device).requires_grad_(False)  # frozen
+        gap = lam.gap
+    elif args.rec:
+        print(f"{args.out}/lam.pt is missing, so there is no FDM: L_rec is off")
+    latents, scale = [], []  # standardised, else adjacent latents are parallel and nothing is cut
+    for dataset, z in zip(sets, raw, strict=True):
+        used = z[dataset.rows(dataset.split("train"), gap)]
+        mean, deviation = used.mean(0), used.var(0).mean() ** 0.5 + 1e-6
+        latents.append(((z - mean) / deviation).astype(np.float32))
+        scale.append((torch.from_numpy(mean).to(device), float(deviation)))
+    model = HNet(raw[0].shape[1], args.width, len(args.chunk), args.layers, args.least, gap)
+    model.to(device)
+    # k stays near the latents; q and, less freely, the encoders learn to foretell it. A boundary is
+    # where that fails.
+    groups = {args.slow[0]: [], args.slow[1]: [], 1.0: []}
+    for name, parameter in model.named_parameters():
+        kept = "embed" in name or ".k." in name
+        share = args.slow[0] if kept else args.slow[1] if "encoder" in name else 1.0
+        groups[share].append(parameter)
+    groups = [{"params": params, "share": share} for share, params in groups.items() if params]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.01)
-    path, episodes, seen = Path(args.out, "skills.pt"), [[e for e in s.split("train") if s.length[e] > gap + 1] for s in sets], []
-    first, begin = resume(path, "skills", args, model, optimizer)
-    for step in tqdm(range(first, args.steps), "skills", initial=first, total=args.steps, disable=None):
-        rng = step_rng(args.seed, step)
-        batch = get_batch(sets, latents, gap, args.batch, args.window, rng, episodes)
-        loss, means = losses(model, fdm if args.rec else None, batch, sets, args, scale, rng, device)
-        descend(loss, optimizer, step, args), seen.append(means)
+    settings = vars(args) | {"data": checksum(*raw)}
+    path = Path(args.out, "skills.pt")
+    first, log = resume(path, "skills", settings, model, optimizer)
+    episodes = [[e for e in d.split("train") if d.length[e] > gap + 1] for d in sets]
+    rows_log, begin = [], time.time()
+    for step in tqdm(range(first, args.steps), "skills", disable=None):
+        rng = np.random.default_rng([args.seed, step])  # chance hangs on seed and step alone, so
+        torch.manual_seed(args.seed * 1_000_003 + step)  # a resumed run repeats itself exactly
+        share = 0.525 + 0.475 * math.cos(math.pi * step / args.steps)  # a cosine to a twentieth
+        for group in optimizer.param_groups:
+            group["lr"] = group["share"] * args.lr * share * min(1, (step + 1) / 100)
+        z, mask, rows, source = get_batch(sets, latents, episodes, gap, args, rng)
+        z, mask = z.to(device), mask.to(device)
+        prediction, routings = model(z, mask)
+        l_latent = (prediction[:, :-1] - z[:, 1:]).abs()[mask[:, 1:]].mean()  # L_latent, l1
+        l_rec = torch.zeros((), device=device)
+        if lam and args.rec:
+            l_rec = reconstruction(lam, prediction, mask, rows, source, sets, scale, rng)
+        row = {"step": step + 1, "L_latent": l_latent.item(), "L_rec": l_rec.item()}
+        l_ratio = 0.0
+        for s, (routing, n) in enumerate(zip(routings, args.chunk, strict=True), 1):
+            ratio, f, g = ratio_loss(routing.boundary, routing.probability, routing.mask, n)
+            l_ratio = l_ratio + ratio
+            row |= {f"F{s}": f.item(), f"G{s}": g.item()}
+        loss = l_latent + args.rec * l_rec + args.ratio * l_ratio
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rows_log.append(list(row.values()))
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
-            latent, rec, *fg = np.mean(seen[-args.log_every:], 0)
-            shares = "  ".join(f"F{i // 2 + 1} {fg[i]:.3f} G{i // 2 + 1} {fg[i + 1]:.3f}" for i in range(0, len(fg), 2))
-            tqdm.write(f"step {step + 1:6d}  latent l1 {latent:.3f}  frame error/copy {rec:.3f}  {shares}")
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            save_checkpoint(path, "skills", args, step + 1, model, optimizer, begin)
-    boundaries, skills, predictions = zip(*[segment(model, s, z, gap, device) for s, z in zip(sets, latents)])
-    errors, more = rollout(model, fdm, sets, latents, scale, device) if fdm else (None, [])
-    stage, n = model.stage, np.maximum(1, np.concatenate([s.length for s in sets]) - gap)
-    for found in sum(b.sum(0) for b in boundaries):                                 # for policy.py --control uniform: about as many pieces
-        stage.every, stage, n = (x := min(range(1, 1 + n.max()), key=lambda x: abs(sum(-(-n // x)) - found))), stage.main, -(-n // x)
-    for dataset, z, b, s in zip(sets, latents, boundaries, skills):
-        arrays = {"skills": s, "uniform": segment(model, dataset, z, gap, device)[1]}.items()
-        arrays = {f"{key}{i + 1}": x for key, stages in arrays for i, x in enumerate(stages)} | dict(boundaries=b)
-        [write(Path(args.out, f"{key}.{dataset.name}.npy"), x) for key, x in arrays.items()]
-    figures = evaluate(fdm, sets, latents, boundaries, predictions, args, scale, gap, device) | dict(rollout_error=errors)
-    figures |= score(sets, latents, boundaries, skills, gap) | dict(seconds=time.time() - begin)
-    write(Path(args.out, "skills.json"), figures), draw(Path(args.out, "skills.png"), sets, boundaries, more)
-    print("  ".join(f"{k} {np.round(v, 3)}" for k, v in figures.items() if v is not None))
+            means = np.mean(rows_log, axis=0).tolist()
+            log.append(dict(zip(row, means, strict=True)) | {"step": step + 1})
+            shown = "   ".join(f"{k} {v:.3f}" for k, v in log[-1].items() if k != "step")
+            speed = (step + 1 - first) / (time.time() - begin)
+            tqdm.write(f"step {step + 1:6d}   {shown}   {speed:.1f} steps/s")
+            write_log(Path(args.out, "skills"), log)
+            record = {"stage": "skills", "settings": settings, "step": step + 1}
+            record |= {"steps": args.steps, "log": log, "model": model.state_dict()}
+            write(path, record | {"optimizer": optimizer.state_dict()})
+            rows_log = []
+    report(args, model, lam, sets, latents, scale, gap, device)
+
 
 if __name__ == "__main__":
     main()
