@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import zlib
 from itertools import islice, permutations
 from pathlib import Path
@@ -51,28 +52,30 @@ def number(kind, least, most=math.inf):
             raise ValueError
         return value
 
-    parse.__name__ = (
-        f"{kind.__name__}, from {least} to {most},"  # argparse: "invalid ... value: -3"
-    )
+    parse.__name__ = f"{kind.__name__}, from {least} to {most},"  # argparse says "invalid ..."
     return parse
 
 
+COUNT, SEED = number(int, 1), number(int, 0, 2**32 - 1)
+REAL, SHARE = number(float, 0), number(float, 0, 1)
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """--help shows the script's docstring as it stands, and the default of each flag."""
+
+
 def make_parser(doc, steps=None):
-    """A parser whose --help is the docstring; with steps, it has a training script's flags."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=style)
+    """A script's parser; with steps, the default of --steps, it has the flags all trainings have."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=Help)
     parser.error = fail
     if steps:
         add = parser.add_argument_group("run").add_argument
-        add("--data", nargs="+", default=TOY_SETS, help="packed datasets (default: the toy world)")
-        add("--out", default="out/toy", help="run folder, one for all stages (default: out/toy)")
-        add(
-            "--steps", type=number(int, 1), default=steps, help=f"training steps (default: {steps})"
-        )
-        add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="same seed, same result")
-        add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-        text = "steps between two lines of log, each with a checkpoint (default: 100)"
-        add("--log-every", type=number(int, 1), default=100, help=text)
+        add("--data", nargs="+", default=TOY_SETS, help="packed datasets")
+        add("--out", default="out/toy", help="run folder, one for all stages")
+        add("--steps", type=COUNT, default=steps, help="training steps")
+        add("--seed", type=SEED, default=0, help="same seed, same result")
+        add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+        add("--log-every", type=COUNT, default=100, help="steps between lines of log, checkpoints")
     return parser
 
 
@@ -110,6 +113,16 @@ def write(path, content):
             text = content if isinstance(content, str) else json.dumps(content, indent=1)
             file.write(text.encode())
     os.replace(f"{path}.tmp", path)
+
+
+def log_row(seen, name, first, begin):
+    """The mean of the last steps' values (dicts with a key step), printed as the line of log."""
+    row = {key: float(np.mean([values[key] for values in seen])) for key in seen[0]}
+    row["step"] = seen[-1]["step"]
+    text = "   ".join(f"{key} {value:.3f}" for key, value in row.items() if key != "step")
+    speed = (row["step"] - first) / (time.time() - begin)
+    tqdm.write(f"{name} step {row['step']:6d}   {text}   {speed:.1f} steps/s")
+    return row
 
 
 def write_log(stem, log):
@@ -209,6 +222,11 @@ class Packed:
         if found != math.prod(shape) * dtype.itemsize:
             fail(f"{file} has {found} bytes, but {shape} {dtype} by episodes.json")
         return np.memmap(file, dtype, "r", shape=shape)
+
+    def true_actions(self):
+        """The actions to measure with, which may be known where none are given to train on."""
+        truth = self.open("truth_actions")
+        return self.actions if truth is None else truth
 
     def split(self, name):
         """Numbers of the episodes of a split, train or val; where no episode is held out, all."""
@@ -546,14 +564,14 @@ def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("kind", choices=["toy", "libero", "video"], help="the toy world, LIBERO's HDF5, or videos")
-    add("--out", required=True, help="folder to write (toy: makes OUT/hand and OUT/robot)")
+    add("--out", required=True, help="folder to write; toy: makes OUT/hand and OUT/robot")
     add("--src", help="folder of .hdf5 files (libero), of .webm .mp4 .gif or image folders (video)")
-    add("--size", type=number(int, 16), default=64, help="image side in pixels (default: 64)")
-    add("--demos", type=number(int, 1), help="libero: demonstrations a task (default: all)")
+    add("--size", type=number(int, 16), default=64, help="image side in pixels; toy: always 32")
+    add("--demos", type=COUNT, help="libero: the first so many demonstrations of each task")
     add("--no-actions", action="store_true", help="libero: pack action-free video")
-    add("--labels", help="video: captions, a CSV or JSON file (default: none)")
-    add("--stride", type=number(int, 1), default=1, help="video: keep every n-th frame")
-    add("--val", type=number(float, 0, 0.5), default=0.1, help="share held out (default: 0.1)")
+    add("--labels", help="video: captions, a CSV or JSON file")
+    add("--stride", type=COUNT, default=1, help="video: keep every n-th frame")
+    add("--val", type=number(float, 0, 0.5), default=0.1, help="share of episodes held out")
     args = parser.parse_args()
     if args.kind == "toy":
         if Path(args.out, "hand").exists() and Path(args.out, "robot").exists():

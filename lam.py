@@ -33,40 +33,30 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from tqdm import tqdm
 
-from data import (
-    checksum,
-    fail,
-    make_parser,
-    number,
-    open_sets,
-    resume,
-    start,
-    write,
-    write_log,
-)
+import data
+from data import COUNT, REAL, fail, number, write
 
 
 def get_args():
-    parser = make_parser(__doc__, steps=1000)
+    parser = data.make_parser(__doc__, steps=1000)
     add = parser.add_argument_group("latent action").add_argument
-    text = "k: frames from I_t to I_{t+k}; UniSkill on LIBERO: 20-40 (default: 1)"
-    add("--gap", type=number(int, 1), default=1, help=text)
-    text = "numbers of a latent action; UniSkill: 64 (default: 8)"
-    add("--latent", type=number(int, 3), default=8, help=text)
-    text = "half of z changes its sign when time runs backwards: z of motion, not of things at rest"
-    add("--odd", action="store_true", help=text)
+    add("--gap", type=COUNT, default=1, help="k: frames from I_t to I_{t+k}; UniSkill: 20-40")
+    add("--latent", type=number(int, 3), default=8, help="numbers of a latent; UniSkill: 64")
+    add("--odd", action="store_true", help="half of z changes sign when time runs backwards")
     add("--wrist", action="store_true", help="see and draw the wrist camera too")
     add = parser.add_argument_group("model and training").add_argument
-    text = "channels of the first convolution, doubled twice; divisible by 8 (default: 32)"
-    add("--width", type=number(int, 8), default=32, help=text)
-    text = "show every other pair backwards: the FDM cannot guess the motion from habit"
-    add("--reverse", action="store_true", help=text)
-    text = "strength of random affine maps of what the IDM sees; 0.4 for LIBERO (default: 0)"
-    add("--warp", type=number(float, 0), default=0.0, help=text)
-    text = "frame pairs a step and process, shared equally by the sets (default: 64)"
-    add("--batch", type=number(int, 1), default=64, help=text)
-    text = "peak learning rate of AdamW (default: 4e-3)"
-    add("--lr", type=number(float, 1e-9), default=4e-3, help=text)
+    add("--width", type=number(int, 8), default=32, help="channels at first, doubled twice")
+    add("--reverse", action="store_true", help="show every other pair backwards, against habit")
+    add(
+        "--warp", type=REAL, default=0.0, help="random affine maps of what the IDM sees; LIBERO 0.4"
+    )
+    add(
+        "--batch",
+        type=COUNT,
+        default=64,
+        help="frame pairs a step and process, equally of each set",
+    )
+    add("--lr", type=number(float, 1e-9), default=4e-3, help="peak learning rate of AdamW")
     add("--bf16", action="store_true", help="compute in bfloat16 where it is safe: for GPUs")
     add("--compile", action="store_true", help="torch.compile the networks: for GPUs")
     return parser.parse_args()
@@ -187,6 +177,15 @@ class LAM(nn.Module):
         return dataset.images(rows, self.cameras, device).flatten(1, 2)
 
 
+def load_lam(out, dataset, device):
+    """The trained LAM of a run folder, for the frames of this packed set."""
+    path = Path(out, "lam.pt")
+    record = data.load_checkpoint(path, "lam")
+    model = LAM(record["settings"], dataset.frames.shape[1])
+    data.load_weights(model, record, path)
+    return model.to(device)
+
+
 def warp(now, future, amount):
     """Both frames (B, C, S, S) under one random affine map a sample and camera: the code of a
     motion must not depend on where the camera stands."""
@@ -261,8 +260,7 @@ def probe(sets, latents, gap):
     for dataset, z in zip(sets, latents, strict=True):
         train = dataset.rows(dataset.split("train"), gap)
         val = dataset.rows(dataset.split("val"), gap)
-        actions = dataset.open("truth_actions")
-        actions = dataset.actions if actions is None else actions
+        actions = dataset.true_actions()
         if actions is not None:
             truth = (summed(actions, train, gap), summed(actions, val, gap))
             figures["action_r2"] = ridge(z[train], truth[0], z[val], truth[1])
@@ -381,19 +379,19 @@ def report(out, model, sets, device):
 
 def main():
     args = get_args()
-    device, rank, world = start(args.out, args.device)
+    device, rank, world = data.start(args.out, args.device)
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
-    sets = open_sets(args.data)
+    sets = data.open_sets(args.data)
     rows = [dataset.rows(dataset.split("train"), args.gap) for dataset in sets]
     if min(map(len, rows)) == 0:
         fail(f"--gap {args.gap} is longer than every episode of a set")
     model = LAM(vars(args), sets[0].frames.shape[1]).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)
-    settings = vars(args) | {"world": world, "data": checksum(*[d.frames for d in sets])}
+    settings = vars(args) | {"world": world, "data": data.checksum(*[d.frames for d in sets])}
     path = Path(args.out, "lam.pt")
-    first, log = resume(path, "lam", settings, model, optimizer)
+    first, log = data.resume(path, "lam", settings, model, optimizer)
     if args.compile:
         model.compile()
     wrapped = nn.parallel.DistributedDataParallel(model) if world > 1 else model
@@ -401,7 +399,7 @@ def main():
     batch = args.batch * world
     now, future = get_batch(model, sets, rows, 512, False, np.random.default_rng(0), device)
     copy_error = F.mse_loss(now, future).item()  # the unit of the loss: 1 is copying frame t
-    losses, begin = [], time.time()
+    seen, begin = [], time.time()
     for step in tqdm(range(first, args.steps), "lam", disable=rank > 0 or None):
         rng = np.random.default_rng([args.seed, step])  # chance hangs on seed and step alone, so
         torch.manual_seed(args.seed * 1_000_003 + step)  # a resumed run repeats itself exactly
@@ -416,13 +414,11 @@ def main():
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(loss.item())
+        seen.append({"step": step + 1, "frame error over copying": loss.item()})
         if rank == 0 and ((step + 1) % args.log_every == 0 or step + 1 == args.steps):
-            mean, losses = float(np.mean(losses)), []
-            speed = batch * (step + 1 - first) / (time.time() - begin)
-            tqdm.write(f"step {step + 1:6d}   error over copying {mean:.3f}   {speed:.0f} pairs/s")
-            log.append({"step": step + 1, "frame error over copying": mean})
-            write_log(Path(args.out, "lam"), log)
+            log.append(data.log_row(seen, "lam", first, begin))
+            seen = []
+            data.write_log(Path(args.out, "lam"), log)
             record = {"stage": "lam", "settings": settings, "step": step + 1, "steps": args.steps}
             record |= {"log": log, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
             write(path, record)

@@ -34,20 +34,8 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
-from data import (
-    checksum,
-    fail,
-    load_checkpoint,
-    load_weights,
-    make_parser,
-    natural,
-    number,
-    open_sets,
-    resume,
-    start,
-    write,
-    write_log,
-)
+import data
+from data import COUNT, REAL, fail, natural, number, write
 from lam import ConvBlock, warp
 from skills import load_latents, stack
 
@@ -72,39 +60,34 @@ def amount(text):
 
 
 def get_args():
-    parser = make_parser(__doc__, steps=1500)
+    parser = data.make_parser(__doc__, steps=1500)
     add = parser.add_argument_group("experiment").add_argument
-    text = f"what to train: {', '.join(VARIANTS)} (default: hilam)"
-    add("--variant", choices=VARIANTS, default="hilam", metavar="NAME", help=text)
-    text = "labelled demonstrations a task, a count (5) or a share (0.1; default)"
-    add("--demos", type=amount, default=0.1, help=text)
-    text = "numbers of the tasks that are labelled, in the order of their names (default: all)"
-    add("--tasks", type=number(int, 0), nargs="+", help=text)
-    text = "steps of pretraining; --steps counts fine-tuning (default: 2500)"
-    add("--pretrain-steps", type=number(int, 1), default=2500, help=text)
-    add("--video", nargs="+", help="names of the sets to pretrain on (default: all of --data)")
-    text = "spoil the skills: of random other segments, all zero, or of a uniform cut"
+    add("--variant", choices=VARIANTS, default="hilam", help="a row of the paper's Table 1")
+    add("--demos", type=amount, default=0.1, help="labelled demonstrations a task: 5, or share 0.1")
+    add("--tasks", type=number(int, 0), nargs="+", help="numbers of the labelled tasks, if not all")
+    add("--pretrain-steps", type=COUNT, default=2500, help="--steps counts fine-tuning")
+    add("--video", nargs="+", help="names of the sets to pretrain on, if not all of --data")
+    text = "spoil the skills: of other segments, all zero, or of a uniform cut"
     add("--control", choices=["shuffled", "constant", "uniform"], help=text)
     add("--low-text", action="store_true", help="tell pi_l the text as well as the skill")
     add = parser.add_argument_group("model and training").add_argument
-    text = "a frozen T5 reads the text: t5-small, or a folder (default: our small encoder)"
-    add("--text", metavar="T5", help=text)
-    text = "actions predicted at once, as in BAKU (default: 10)"
-    add("--chunk", type=number(int, 1), default=10, help=text)
-    text = "side of an image patch; size / patch must be 8, 16, 32 or 64 (default: 4)"
-    add("--patch", type=number(int, 1), default=4, help=text)
-    text = "channels of the first convolution, half of the next (default: 16)"
-    add("--channels", type=number(int, 8), default=16, help=text)
-    add("--width", type=number(int, 8), default=128, help="of a token; BAKU: 256 (default: 128)")
-    text = "transformer blocks; BAKU: 8; 0: an MLP over all tokens (default: 2)"
-    add("--layers", type=number(int, 0), default=2, help=text)
-    text = "strength of random affine maps of each image, 0.15 for LIBERO (default: 0)"
-    add("--warp", type=number(float, 0), default=0.0, help=text)
-    text = "frames a step and process, shared equally by the sets (default: 64)"
-    add("--batch", type=number(int, 1), default=64, help=text)
-    text = "peak learning rate of AdamW for new weights (default: 1.5e-3)"
-    add("--lr", type=number(float, 1e-9), default=1.5e-3, help=text)
-    text = "the same where pretrained weights are fine-tuned (default: 3e-4)"
+    add("--text", metavar="T5", help="a frozen T5 reads the text: t5-small, or its folder")
+    add("--chunk", type=COUNT, default=10, help="actions predicted at once; BAKU: 10")
+    add(
+        "--patch", type=COUNT, default=4, help="side of an image patch; size / patch: 8, 16, 32, 64"
+    )
+    add("--channels", type=number(int, 8), default=16, help="channels at first, then twice as many")
+    add("--width", type=number(int, 8), default=128, help="of a token; BAKU: 256")
+    add(
+        "--layers",
+        type=number(int, 0),
+        default=2,
+        help="blocks; BAKU: 8; 0: an MLP over all tokens",
+    )
+    add("--warp", type=REAL, default=0.0, help="random affine maps of the images; LIBERO: 0.15")
+    add("--batch", type=COUNT, default=64, help="frames a step and process, equally of each set")
+    add("--lr", type=number(float, 1e-9), default=1.5e-3, help="peak, for new weights, of AdamW")
+    text = "the same where pretrained weights are fine-tuned"
     add("--finetune-lr", type=number(float, 1e-9), default=3e-4, help=text)
     add("--bf16", action="store_true", help="compute in bfloat16 where it is safe: for GPUs")
     add("--compile", action="store_true", help="torch.compile the networks: for GPUs")
@@ -326,46 +309,45 @@ class Agent(nn.Module):
 
 # ------------------------------------------------------------------------------------------- data
 class Labels:
-    """Rows of some episodes of a packed set with a target, (T, D), and perhaps a skill, (T, D); the
+    """Rows of some episodes of a packed set with a target (T, D), and perhaps a skill (T, D); the
     last gap frames of an episode have none."""
 
-    def __init__(self, dataset, episodes, target, skill=None, gap=0, t5=None):
-        self.dataset = dataset
-        self.target = target
-        self.skill = skill
+    def __init__(self, dataset, episodes, target, skill=None, gap=0, cameras=1, t5=None):
+        self.dataset, self.cameras = dataset, cameras
+        self.target, self.skill = target, skill
         self.rows = dataset.rows(episodes, gap)
         self.episode = np.repeat(np.arange(len(dataset.start)), dataset.length)  # of each row
         self.end = (dataset.start + dataset.length - gap)[self.episode]  # where its targets end
         self.tokens = torch.stack([tokenize(e["text"], t5) for e in dataset.episodes])
 
-    def batch(self, rows, chunk, cameras, device):
-        """images, tokens, proprio, target (B, chunk, D), mask (B, chunk) and skill of these rows."""
+    def arrays(self):
+        """What is learned from, for the checksum."""
+        skill = [] if self.skill is None else [self.skill]
+        return [self.dataset.frames, self.rows, self.target, self.tokens.numpy(), *skill]
+
+    def batch(self, rows, chunk):
+        """The arguments of Agent.forward for these rows, on the CPU."""
         after = rows[:, None] + np.arange(chunk)
-        target = torch.from_numpy(self.target[np.minimum(after, self.dataset.total - 1)])
-        mask = torch.from_numpy(after < self.end[rows][:, None])
         proprio = self.dataset.proprio
-        return {
-            "images": self.dataset.images(rows, cameras, device),
-            "tokens": self.tokens[self.episode[rows]].to(device),
-            "proprio": None if proprio is None else torch.from_numpy(proprio[rows]).to(device),
-            "target": target.to(device),
-            "mask": mask.to(device),
-            "true_skill": None
-            if self.skill is None
-            else torch.from_numpy(self.skill[rows]).to(device),
-        }
+        batch = {"images": self.dataset.images(rows, self.cameras, "cpu")}
+        batch["tokens"] = self.tokens[self.episode[rows]]
+        batch["proprio"] = None if proprio is None else torch.from_numpy(proprio[rows])
+        batch["target"] = torch.from_numpy(self.target[np.minimum(after, len(self.target) - 1)])
+        batch["mask"] = torch.from_numpy(after < self.end[rows][:, None])
+        batch["true_skill"] = None if self.skill is None else torch.from_numpy(self.skill[rows])
+        return batch
 
 
-def get_batch(labels, count, chunk, cameras, rng, device):
-    """A batch of count rows, as many of each set, as Labels.batch() has them."""
-    parts = []
-    for part in labels:
-        rows = rng.choice(part.rows, max(1, count // len(labels)))
-        parts.append(part.batch(rows, chunk, cameras, device))
+def get_batch(labels, count, chunk, rng, device):
+    """A batch of count rows, as many of each set, for Agent.forward. Where one set has no proprio,
+    as people's video, none of the batch has."""
+    share = max(1, count // len(labels))
+    parts = [part.batch(rng.choice(part.rows, share), chunk) for part in labels]
     batch = {}
     for key in parts[0]:
         values = [part[key] for part in parts]
-        batch[key] = None if values[0] is None else torch.cat(values)
+        missing = any(value is None for value in values)
+        batch[key] = None if missing else torch.cat(values).to(device, non_blocking=True)
     return batch
 
 
@@ -434,9 +416,17 @@ def labelled_episodes(dataset, demos, tasks):
     return np.sort(np.concatenate(chosen))
 
 
-def prepare_pretraining(args, sets, gap):
+def pretraining_name(args):
+    """The name of a pretraining's files, which several fine-tunings share."""
+    skill, action = VARIANTS[args.variant]
+    name = ["policy_pretrain", f"z{skill}" if skill else "flat", f"z{action}"]
+    return "_".join([*name, *sorted(args.video or []), *([args.control] if args.control else [])])
+
+
+def prepare_pretraining(args, sets):
     """A new agent, and the video with its pseudo-labels zbar_t and z_t."""
     skill, action = VARIANTS[args.variant]
+    gap = data.load_checkpoint(Path(args.out, "lam.pt"), "lam")["settings"]["gap"]
     video = [dataset for dataset in sets if dataset.name in (args.video or [dataset.name])]
     if args.video and len(video) < len(set(args.video)):
         fail(f"--video {' '.join(args.video)}: choose from {', '.join(d.name for d in sets)}")
@@ -446,17 +436,17 @@ def prepare_pretraining(args, sets, gap):
     if skill:
         raw = [load_stage(d, args.out, skill, args.control) for d in video]
         skills, units = standardise(raw, rows)
+    cameras = 1 + all(dataset.wrist is not None for dataset in video)
     labels = []
     for dataset, target, vectors in zip(video, targets, skills, strict=True):
         train = dataset.split("train")
-        labels.append(Labels(dataset, train, target, vectors, gap, args.text))
-    cameras = 1 + all(dataset.wrist is not None for dataset in video)
+        labels.append(Labels(dataset, train, target, vectors, gap, cameras, args.text))
     shape = data_shape(sets) | {"high_cameras": cameras, "target": targets[0].shape[1]}
     agent = Agent(shape | {"skill": skills[0].shape[1] if skill else 0}, vars(args))
     if skill:
         agent.skill_mean.copy_(units["mean"])
         agent.skill_scale.copy_(units["scale"])
-    return agent, labels, cameras
+    return agent, labels
 
 
 def prepare_finetuning(args, sets, pretrained):
@@ -471,11 +461,12 @@ def prepare_finetuning(args, sets, pretrained):
     proprio = np.concatenate([d.proprio[r] for d, r in zip(labelled, rows, strict=True)])
     mean = (actions.min(0) + actions.max(0)) / 2
     scale = np.maximum(np.ptp(actions, axis=0) / 2, 1e-3)  # actions in [-1, 1]
+    shape = data_shape(sets)
     labels = []
     for dataset, e in zip(labelled, episodes, strict=True):
         target = ((dataset.actions - mean) / scale).astype(np.float32)
-        labels.append(Labels(dataset, e, target, t5=args.text))
-    shape = data_shape(sets) | {"skill": 64 if VARIANTS[args.variant][0] else 0}
+        labels.append(Labels(dataset, e, target, cameras=shape["cameras"], t5=args.text))
+    shape["skill"] = 64 if VARIANTS[args.variant][0] else 0
     shape = dict(pretrained.shape if pretrained else shape) | {"target": len(mean)}
     agent = Agent(shape, vars(args))
     if pretrained:
@@ -489,7 +480,16 @@ def prepare_finetuning(args, sets, pretrained):
     agent.proprio_scale.copy_(torch.from_numpy(proprio.std(0) + 1e-3))
     agent.target_mean.copy_(torch.from_numpy(mean))
     agent.target_scale.copy_(torch.from_numpy(scale))
-    return agent, labels, shape["cameras"]
+    return agent, labels
+
+
+def weights_checksum(agent):
+    """Checksum of the weights that a fine-tuning begins with, 0 without pretraining."""
+    return (
+        data.checksum(*[p.detach().cpu().numpy().ravel() for p in agent.parameters()])
+        if agent
+        else 0
+    )
 
 
 def data_shape(sets):
@@ -503,120 +503,119 @@ def data_shape(sets):
 def load_agent(out, name, demos, device):
     """The fine-tuned policy NAME of a run folder, ready to act."""
     path = Path(out, f"policy_{name}_{demos}.pt")
-    record = load_checkpoint(path, "policy_finetune")
+    record = data.load_checkpoint(path, "policy_finetune")
     agent = Agent(record["shape"], record["settings"])
-    load_weights(agent, record, path)
+    data.load_weights(agent, record, path)
     return agent.to(device).eval()
 
 
 # ----------------------------------------------------------------------------------------- report
-def report(args, name, agent, dataset, stage):
+def report(args, name, agent, sets):
     """On held-out demonstrations: the first action's l1 error over that of predicting the mean, the
     same of pi_h's skill; draws the actions of one demonstration."""
     agent.eval()
-    skills = load_stage(dataset, args.out, stage, args.control) if stage else None
-    errors, means, first = np.zeros(2), np.zeros(2), None
+    dataset = [dataset for dataset in sets if dataset.actions is not None][0]
+    stage, action = VARIANTS[args.variant]
+    pairs = {"action": [], "skill": []}  # (predicted, true) of each demonstration
     for e in dataset.split("val")[:20]:
         rows = dataset.rows([e])
         wrist = None if dataset.wrist is None else dataset.wrist[rows]
         texts = [dataset.episodes[e]["text"]] * len(rows)
         chunks, skill = agent.act(dataset.frames[rows], wrist, dataset.proprio[rows], texts)
-        true = dataset.actions[rows]
-        first = (true, chunks[:, 0]) if first is None else first
-        errors[0] += np.abs(chunks[:, 0] - true).sum()
-        means[0] += np.abs(true - dataset.actions.mean(0)).sum()
-        if stage:
-            errors[1] += np.abs(skill - skills[rows]).sum()
-            means[1] += np.abs(skills[rows] - skills.mean(0)).sum()
-    figures = {"action_error": round(float(errors[0] / means[0]), 4)}
-    print("on held-out demonstrations, error over that of predicting the mean:")
-    print(f"  action {figures['action_error']:.2f}")
-    if stage:
-        figures["skill_error"] = round(float(errors[1] / means[1]), 4)
-        print(f"  skill that pi_h predicts {figures['skill_error']:.2f}")
+        pairs["action"].append((chunks[:, 0], dataset.actions[rows]))
+        if stage and action is not None:
+            true = load_stage(dataset, args.out, stage, args.control)[rows]
+            pairs["skill"].append((skill, true))
+    figures = {}
+    print("on held-out demonstrations, l1 error over that of predicting the mean:")
+    for key, found in pairs.items():
+        if found:
+            predicted, true = (np.concatenate(x) for x in zip(*found, strict=True))
+            error = np.abs(predicted - true).sum() / np.abs(true - true.mean(0)).sum()
+            figures[f"{key}_error"] = round(float(error), 4)
+            print(f"  {key} {error:.2f}")
     write(Path(args.out, f"{name}.json"), figures)
-    figure = Figure((9, 1.4 * len(true[0])), layout="constrained")
-    for d, axis in enumerate(figure.subplots(len(true[0]), sharex=True)):
-        axis.plot(first[0][:, d], "k", label="demonstration")
-        axis.plot(first[1][:, d], "tab:orange", label=args.variant)
+    predicted, true = pairs["action"][0]
+    figure = Figure((9, 1.4 * true.shape[1]), layout="constrained")
+    for d, axis in enumerate(figure.subplots(true.shape[1], sharex=True)):
+        axis.plot(true[:, d], "k", label="demonstration")
+        axis.plot(predicted[:, d], "tab:orange", label=args.variant)
         axis.set_ylabel(f"action {d}")
     axis.set_xlabel("frame of a held-out demonstration")
     axis.legend(loc="upper right")
     write(Path(args.out, f"{name}.png"), figure)
 
 
-def main():
-    args = get_args()
-    device, rank, world = start(args.out, args.device)
-    sets = open_sets(args.data)
-    stage, action = VARIANTS[args.variant]
-    record = load_checkpoint(Path(args.out, "lam.pt"), "lam") if action is not None else None
-    gap = record["settings"]["gap"] if record else 0
-    spoiled = [*sorted(args.video or []), *([args.control] if args.control else [])]
-    name = "_".join([f"policy_{args.variant}", *spoiled])
+def run_name(args):
+    """The name of a run's files: the variant and what it was made from."""
+    name = "_".join(["policy", args.variant, *sorted(args.video or [])])
+    if args.control:
+        name += f"_{args.control}"
     if args.tasks:
         name += f"_tasks{''.join(map(str, args.tasks))}"
-    name += f"_{args.demos}"
+    return f"{name}_{args.demos}"
+
+
+def seed_all(seed):
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def main():
+    args = get_args()
+    device, rank, world = data.start(args.out, args.device)
+    sets = data.open_sets(args.data)
+    stage, action = VARIANTS[args.variant]
     agent, batch = None, args.batch * world
     for phase in ["pretrain", "finetune"] if action is not None else ["finetune"]:
-        random.seed(args.seed)
-        np.random.seed(args.seed)
-        torch.manual_seed(args.seed)
+        seed_all(args.seed)
         settings = vars(args) | {"world": world}
         if phase == "pretrain":
-            agent, labels, cameras = prepare_pretraining(args, sets, gap)
-            run = "_".join(["policy_pretrain", f"z{stage or 0}", f"z{action}", *spoiled])
-            steps, peak = args.pretrain_steps, args.lr
+            agent, labels = prepare_pretraining(args, sets)
+            steps, peak, name = args.pretrain_steps, args.lr, pretraining_name(args)
             for key in ("variant", "demos", "tasks", "steps", "finetune_lr"):
                 del settings[key]  # they do not matter to pretraining
-            inputs = [x for part in labels for x in (part.target, part.skill) if x is not None]
         else:
-            peak = args.finetune_lr if agent else args.lr
-            inputs = [p.detach().cpu().numpy().ravel() for p in agent.parameters()] if agent else []
-            agent, labels, cameras = prepare_finetuning(args, sets, agent)
-            run, steps = name, args.steps
-            inputs += [part.target[part.rows] for part in labels]
-        settings["data"] = checksum(*inputs, *[part.dataset.frames for part in labels])
+            steps, peak, name = args.steps, args.finetune_lr if agent else args.lr, run_name(args)
+            settings["begun_with"] = weights_checksum(agent)
+            agent, labels = prepare_finetuning(args, sets, agent)
+        settings["labels"] = data.checksum(*[array for part in labels for array in part.arrays()])
         agent.to(device)
         learning = [p for p in agent.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(learning, lr=peak, weight_decay=1e-3, fused=True)
-        path = Path(args.out, f"{run}.pt")
-        first, log = resume(path, "policy_" + phase, settings, agent, optimizer)
+        path = Path(args.out, f"{name}.pt")
+        first, log = data.resume(path, "policy_" + phase, settings, agent, optimizer)
         if args.compile:
             agent.compile()
         wrapped = nn.parallel.DistributedDataParallel(agent) if world > 1 else agent
-        rows_log, begin = [], time.time()
-        for step in tqdm(range(first, steps), run, disable=rank > 0 or None):
+        seen, begin = [], time.time()
+        for step in tqdm(range(first, steps), name, disable=rank > 0 or None):
             rng = np.random.default_rng([args.seed, step])  # chance hangs on seed and step alone,
             torch.manual_seed(args.seed * 1_000_003 + step)  # so a resumed run repeats itself
             share = 0.525 + 0.475 * math.cos(math.pi * step / steps)  # a cosine to a twentieth
             for group in optimizer.param_groups:
                 group["lr"] = peak * share * min(1, (step + 1) / 100)  # after a warm-up
-            now = get_batch(labels, batch, args.chunk, cameras, rng, device)
+            now = get_batch(labels, batch, args.chunk, rng, device)
             now = {key: None if x is None else x[rank::world] for key, x in now.items()}
             now["images"] = augment(now["images"], args.warp)
             with torch.autocast(device.type, torch.bfloat16, args.bf16):
-                losses = wrapped(**now)
+                losses = wrapped(**now)  # of pi_h the skill's, of pi_l the action's
             optimizer.zero_grad(set_to_none=True)
             sum(losses.values()).backward()
             nn.utils.clip_grad_norm_(learning, 1.0)
             optimizer.step()
-            rows_log.append([loss.item() for loss in losses.values()])
+            seen.append({"step": step + 1} | {key: loss.item() for key, loss in losses.items()})
             if rank == 0 and ((step + 1) % args.log_every == 0 or step + 1 == steps):
-                means = dict(zip(losses, np.mean(rows_log, axis=0).tolist(), strict=True))
-                rows_log = []
-                shown = "   ".join(f"{key} l1 {value:.3f}" for key, value in means.items())
-                speed = batch * (step + 1 - first) / (time.time() - begin)
-                tqdm.write(f"{run} step {step + 1:6d}   {shown}   {speed:.0f} frames/s")
-                log.append({"step": step + 1} | means)
-                write_log(Path(args.out, run), log)
+                log.append(data.log_row(seen, name, first, begin))
+                data.write_log(Path(args.out, name), log)
                 record = {"stage": "policy_" + phase, "settings": settings, "shape": agent.shape}
                 record |= {"step": step + 1, "steps": steps, "log": log}
                 record |= {"model": agent.state_dict(), "optimizer": optimizer.state_dict()}
                 write(path, record)
+                seen = []
     if rank == 0:
-        dataset = [d for d in sets if d.actions is not None][0]
-        report(args, run, agent, dataset, stage if action is not None else None)
+        report(args, name, agent, sets)
 
 
 if __name__ == "__main__":

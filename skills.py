@@ -36,48 +36,31 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 from torch import nn
 from tqdm import tqdm
 
-from data import (
-    checksum,
-    fail,
-    load_checkpoint,
-    load_weights,
-    make_parser,
-    number,
-    open_sets,
-    resume,
-    start,
-    write,
-    write_log,
-)
-from lam import LAM, draw_strip, ridge, to_pixels
+import data
+from data import COUNT, REAL, SHARE, fail, number, write
+from lam import draw_strip, load_lam, ridge
 
 
 def get_args():
-    parser = make_parser(__doc__, steps=600)
+    parser = data.make_parser(__doc__, steps=400)
     add = parser.add_argument_group("H-Net").add_argument
-    text = "N: target length of a chunk, a number a stage (default: 15 3)"
-    add("--chunk", type=number(float, 1.5), nargs="+", default=[15.0, 3.0], help=text)
-    text = "shortest chunk of stage 1 in frames; H-Net: 1 (default: 5)"
-    add("--least", type=number(int, 1), default=5, help=text)
-    text = "what a frame's skill is: the mean of the vectors from it to its segment's end (ahead), "
-    text += "or, as in the paper, the segment's first vector (default: ahead)"
+    add("--chunk", type=number(float, 1.5), nargs="+", default=[15.0, 3.0], help="N of each stage")
+    add("--least", type=COUNT, default=5, help="shortest chunk of stage 1 in frames; H-Net: 1")
+    text = (
+        "a frame's skill is the mean of the vectors from it to its segment's end (ahead) or, as in "
+    )
+    text += "the paper, the segment's first vector"
     add("--skill", choices=["ahead", "first"], default="ahead", help=text)
-    add("--width", type=number(int, 8), default=64, help="vector width (default: 64)")
-    text = "blocks in each encoder and decoder, half of those at the top (default: 4)"
-    add("--layers", type=number(int, 1), default=4, help=text)
+    add("--width", type=number(int, 8), default=64, help="of a vector")
+    add("--layers", type=COUNT, default=4, help="blocks in an encoder, a decoder; twice at the top")
     add = parser.add_argument_group("loss and optimizer").add_argument
-    text = "weight of the frame reconstruction loss; 0: off (default: 0.1)"
-    add("--rec", type=number(float, 0), default=0.1, help=text)
-    text = "weight of the chunk ratio loss; H-Net: 0.03 (default: 0.1)"
-    add("--ratio", type=number(float, 0), default=0.1, help=text)
-    text = "share of --lr for the embedding and k, and for the encoders (default: 0.03 0.3)"
-    add("--slow", type=number(float, 0, 1), nargs=2, default=[0.03, 0.3], help=text)
-    text = "episodes a step, shared equally by the sets (default: 16)"
-    add("--batch", type=number(int, 1), default=16, help=text)
-    text = "frames of an episode seen at a time (default: 128)"
-    add("--window", type=number(int, 2), default=128, help=text)
-    text = "peak learning rate of AdamW (default: 1e-3)"
-    add("--lr", type=number(float, 1e-9), default=1e-3, help=text)
+    add("--rec", type=REAL, default=0.1, help="weight of L_rec; 0: off")
+    add("--ratio", type=REAL, default=0.1, help="weight of L_ratio; H-Net: 0.03")
+    text = "shares of --lr of the embedding and k, and of the encoders"
+    add("--slow", type=SHARE, nargs=2, default=[0.03, 0.3], help=text)
+    add("--batch", type=COUNT, default=16, help="episodes a step, equally of each set")
+    add("--window", type=number(int, 2), default=128, help="frames of an episode seen at a time")
+    add("--lr", type=number(float, 1e-9), default=1e-3, help="peak learning rate of AdamW")
     return parser.parse_args()
 
 
@@ -275,32 +258,27 @@ def uniform_boundaries(boundary, starts, lengths):
 
 # ------------------------------------------------------------------------------- data and losses
 def load_latents(dataset, out):
-    """Latents (T, D) of a packed set: stage 1's in out, or else SET/latents.npy of any other LAM."""
-    for path in (Path(out, f"latents.{dataset.name}.npy"), dataset.path / "latents.npy"):
-        if path.exists():
-            z = np.load(path)
-            if len(z) != dataset.total or not np.isfinite(z).all():
-                fail(f"{path} does not fit {dataset.path}, or holds NaN: run `python lam.py` again")
-            return z
-    fail(f"no latents for {dataset.path}: run `python lam.py` with the same --data and --out first")
+    """The latents (T, D) that stage 1 wrote of a packed set."""
+    path = Path(out, f"latents.{dataset.name}.npy")
+    z = np.load(path) if path.exists() else np.zeros((0, 1))
+    if len(z) != dataset.total or not np.isfinite(z).all():
+        fail(f"{path} is missing or of other data: run `python lam.py` with the same --out first")
+    return z
 
 
 def get_batch(sets, latents, episodes, gap, args, rng):
     """Stretches of random episodes: z (B, L, D), mask (B, L), rows in the packed sets (B, L), and
     the number of the set of each, (B,)."""
-    zs, masks, rows, source = [], [], [], []
+    parts = []
     for i, (dataset, z) in enumerate(zip(sets, latents, strict=True)):
         e = rng.choice(episodes[i], max(1, args.batch // len(sets)))
         length = (dataset.length[e] - gap)[:, None]
-        offset = rng.random(length.shape) * np.maximum(1, length - args.window + 1)
-        t = offset.astype(int) + np.arange(args.window)  # (B, window)
+        first = (rng.random(length.shape) * np.maximum(1, length - args.window + 1)).astype(int)
+        t = first + np.arange(args.window)  # (B, window)
         row = dataset.start[e][:, None] + np.minimum(t, length - 1)
-        zs.append(z[row])
-        masks.append(t < length)
-        rows.append(row)
-        source.append(np.full(len(e), i))
-    z, mask = torch.from_numpy(np.concatenate(zs)), torch.from_numpy(np.concatenate(masks))
-    return z, mask, np.concatenate(rows), np.concatenate(source)
+        parts.append((z[row], t < length, row, np.full(len(e), i)))
+    z, mask, rows, source = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return torch.from_numpy(z), torch.from_numpy(mask), rows, source
 
 
 def reconstruction(lam, prediction, mask, rows, source, sets, scale, rng):
@@ -312,7 +290,7 @@ def reconstruction(lam, prediction, mask, rows, source, sets, scale, rng):
         b, t = places[source[places[:, 0]] == i].T
         if len(b) == 0:
             continue
-        mean, deviation = scale[i]
+        mean, deviation = scale[i][0].to(prediction.device), scale[i][1]
         now = lam.frames(dataset, rows[b, t + 1], prediction.device)
         future = lam.frames(dataset, rows[b, t + 1] + lam.gap, prediction.device)
         drawn = lam.fdm(now, prediction[b, t] * deviation + mean)
@@ -380,97 +358,36 @@ def peaks(z, count):
     return np.sort(top[np.argsort(-change[top], kind="stable")[:count]])
 
 
-def boundary_f1(sets, latents, boundaries, stage, gap):
-    """F1 of a stage's boundaries on held-out episodes with known phases, and of as many uniform and
-    as many peaks; the first frame is a boundary for free and does not count."""
-    true, found, uniform, highest = [], [], [], []
-    for dataset, z, marks in zip(sets, latents, boundaries, strict=True):
+def boundary_f1(sets, latents, found, even, gap):
+    """F1 on held-out episodes whose phases are known of a stage's boundaries, of uniform ones and of
+    as many peaks; lists of (T,). The first frame is a boundary for free and does not count."""
+    true, cuts = [], {"boundary": [], "uniform": [], "peaks": []}
+    for dataset, z, marks, uniform in zip(sets, latents, found, even, strict=True):
         phase = dataset.open("truth_phase")
         for e in dataset.split("val") if phase is not None else []:
-            length = dataset.length[e] - gap
-            rows = slice(dataset.start[e], dataset.start[e] + length)
-            true.append(events(np.asarray(phase[rows]), dataset.phases))
-            found.append(np.flatnonzero(marks[rows, stage])[1:])
-            cuts = np.linspace(0, length, len(found[-1]) + 2)[1:-1]
-            uniform.append(cuts.round().astype(int))
-            highest.append(peaks(z[rows], len(found[-1])))
-    if not true:
-        return {}
-    scored = {"boundary": found, "uniform": uniform, "peaks": highest}
-    return {f"f1_{name}": f1_score(cuts, true) for name, cuts in scored.items()}
+            rows = dataset.rows([e], gap)
+            true.append(events(phase[rows], dataset.phases))
+            cuts["boundary"].append(np.flatnonzero(marks[rows])[1:])
+            cuts["uniform"].append(np.flatnonzero(uniform[rows])[1:])
+            cuts["peaks"].append(peaks(z[rows], len(cuts["boundary"][-1])))
+    return {f"f1_{name}": f1_score(found, true) for name, found in cuts.items()} if true else {}
 
 
 def skill_r2(dataset, skills, boundary):
-    """What a frame's skill says, read by ridge regression and held out: R2 of its action, and of the
-    sum of the actions (without the gripper's) until its segment's end."""
-    truth = dataset.open("truth_actions")
-    actions = np.asarray(dataset.actions if truth is None else truth, np.float64)
+    """What a frame's skill says, read by ridge regression and held out: R2 of the frame's action, and
+    of the sum of the actions (without the gripper's) from it to its segment's end."""
+    actions = np.asarray(dataset.true_actions(), np.float64)
     starts = np.flatnonzero(boundary)
     ends = np.append(starts[1:], len(boundary))[np.cumsum(boundary) - 1]
     total = np.concatenate([np.zeros_like(actions[:1]), np.cumsum(actions, axis=0)])
     ahead = (total[ends] - total[:-1])[:, :-1]
-    train, val = (dataset.rows(dataset.split(name)) for name in ("train", "val"))
+    train, val = dataset.rows(dataset.split("train")), dataset.rows(dataset.split("val"))
     r2 = [ridge(skills[train], y[train], skills[val], y[val]) for y in (actions, ahead)]
     return {"action_r2": r2[0], "segment_end_r2": r2[1]}
 
 
-def evaluate(sets, latents, boundaries, skills, uniform, predictions, gap):
-    """On held-out episodes: the predicted latent's l1 over that of copying the last one, and a list
-    of each stage's chunk rate, boundary F1 and what its skills say, where the truth is known."""
-    error, copy, stages, positions = 0.0, 0.0, [], 0
-    for dataset, z, prediction in zip(sets, latents, predictions, strict=True):
-        rows = dataset.rows(dataset.split("val"), gap + 1)
-        error += np.abs(z[rows + 1] - prediction[rows]).sum()
-        copy += np.abs(z[rows + 1] - z[rows]).sum()
-        positions += len(dataset.rows(dataset.split("val"), gap))
-    known = [i for i, s in enumerate(sets) if s.actions is not None or "truth_actions" in s.arrays]
-    for stage in range(boundaries[0].shape[1]):
-        held_out = [d.rows(d.split("val"), gap) for d in sets]
-        kept = sum(int(b[r, stage].sum()) for b, r in zip(boundaries, held_out, strict=True))
-        figures = {"rate": round(kept / positions, 4)}
-        positions = kept
-        figures |= boundary_f1(sets, latents, boundaries, stage, gap)
-        for i in known[-1:]:
-            figures |= skill_r2(sets[i], skills[i][stage], boundaries[i][:, stage])
-            even = uniform_boundaries(boundaries[i][:, stage], sets[i].start, sets[i].length)
-            control = skill_r2(sets[i], uniform[i][stage], even)
-            figures |= {f"uniform_{key}": value for key, value in control.items()}
-        stages.append(figures)
-    return {"latent_l1_over_copy": round(float(error / copy), 4), "stages": stages}
-
-
-@torch.no_grad()
-def rollout(model, lam, sets, latents, scale, device, seen=24, jumps=8):
-    """Recursion on held-out videos (HiLAM, figure 5): after `seen` true latents each is predicted
-    from predicted ones, and each frame drawn from a drawn one. Returns the squared errors of the
-    frames 1 .. jumps, k apart, over copying the last one known, and film strips."""
-    strip, errors = [], []
-    last = seen - 1 + lam.gap  # the newest frame that the true latents know
-    for dataset, z_all, (mean, deviation) in zip(sets, latents, scale, strict=True):
-        val = dataset.split("val")
-        begin = dataset.start[val[dataset.length[val] > last + jumps * lam.gap]]
-        if len(begin) == 0:
-            continue
-        z = torch.from_numpy(z_all[begin[:, None] + np.arange(seen)]).to(device)  # (E, seen, D)
-        while z.shape[1] < last + 1 + (jumps - 1) * lam.gap:
-            mask = torch.ones(z.shape[:2], dtype=torch.bool, device=device)
-            prediction, _ = model(z, mask)
-            z = torch.cat([z, prediction[:, -1:]], dim=1)
-        true = [lam.frames(dataset, begin + last + j * lam.gap, device) for j in range(jumps + 1)]
-        drawn = true[:1]
-        for j in range(jumps):
-            code = z[:, last + j * lam.gap] * deviation + mean
-            drawn.append(lam.fdm(drawn[-1], code).clamp(0, 1))
-        errors.append([float(F.mse_loss(a, b)) for a, b in zip(drawn[1:], true[1:], strict=True)])
-        errors[-1] /= np.array([float(F.mse_loss(true[0], b)) for b in true[1:]])
-        for name, frames in (("what follows", true), ("predicted", drawn)):
-            pixels = to_pixels(dataset, torch.stack([frame[0] for frame in frames]))
-            strip.append((f"{dataset.name}: {name}", pixels))
-    return (np.mean(errors, axis=0).round(4).tolist() if errors else None), strip
-
-
-def draw(path, sets, boundaries, more):
-    """A held-out video of each set with its boundaries (HiLAM, figure 4); more: strips below."""
+def draw(path, sets, boundaries):
+    """A held-out video of each set with its boundaries (HiLAM, figure 4)."""
     strip, marks = [], {}
     for dataset, b in zip(sets, boundaries, strict=True):
         rows = dataset.rows(dataset.split("val")[:1])[::2]
@@ -483,86 +400,90 @@ def draw(path, sets, boundaries, more):
                 (f"{dataset.name}, every second frame", dataset.upright(dataset.frames[line]))
             )
     caption = "a skill begins at an orange edge (stage 1) and at a red one (stage 2 as well)"
-    draw_strip(path, strip + more, caption, marks)
+    draw_strip(path, strip, caption, marks)
 
 
-def report(args, model, lam, sets, latents, scale, gap, device):
-    """Write boundaries and skills, measure them, print what a person wants to know, draw."""
+def report(args, model, sets, latents, gap, device):
+    """Write boundaries and skills, measure and print what they are worth, draw."""
     found = [segment(model, d, z, gap, device) for d, z in zip(sets, latents, strict=True)]
     boundaries, vectors, predictions = zip(*found, strict=True)
-    skills, uniform = [], []
-    for dataset, marks, hs in zip(sets, boundaries, vectors, strict=True):
-        cuts = [uniform_boundaries(b, dataset.start, dataset.length) for b in marks.T]
-        skills.append([skill_vectors(h, b, args.skill) for h, b in zip(hs, marks.T, strict=True)])
-        uniform.append([skill_vectors(h, b, args.skill) for h, b in zip(hs, cuts, strict=True)])
-        write(Path(args.out, f"boundaries.{dataset.name}.npy"), marks)
-        for stage in range(len(hs)):
-            write(Path(args.out, f"skills{stage + 1}.{dataset.name}.npy"), skills[-1][stage])
-            write(Path(args.out, f"uniform{stage + 1}.{dataset.name}.npy"), uniform[-1][stage])
-    figures = evaluate(sets, latents, boundaries, skills, uniform, predictions, gap)
-    strip = []
-    if lam:
-        figures["rollout_error"], strip = rollout(model, lam, sets, latents, scale, device)
-    write(Path(args.out, "skills.json"), figures)
-    draw(Path(args.out, "skills.png"), sets, boundaries, strip)
+    val = [dataset.rows(dataset.split("val"), gap + 1) for dataset in sets]
+    triples = list(zip(latents, predictions, val, strict=True))
+    error = sum(np.abs(z[rows + 1] - guess[rows]).sum() for z, guess, rows in triples)
+    copy = sum(np.abs(z[rows + 1] - z[rows]).sum() for z, _, rows in triples)
+    figures = {"latent_l1_over_copy": round(float(error / copy), 4), "stages": []}
     print("on held-out episodes:")
-    print(f"  next latent, l1 error over copying the last: {figures['latent_l1_over_copy']:.2f}")
-    if figures.get("rollout_error"):
-        print(f"  frames 1, 2, ... ahead, error over copying the last: {figures['rollout_error']}")
-    for n, (stage, target) in enumerate(zip(figures["stages"], args.chunk, strict=True), 1):
-        print(
-            f"  stage {n}: boundaries at {stage['rate']:.3f} of its positions (1/N {1 / target:.3f})"
-        )
-        if "f1_boundary" in stage:
-            f1 = [stage[f"f1_{name}"] for name in ("boundary", "uniform", "peaks")]
-            print("    F1 with true changes {:.2f}, uniform {:.2f}, peaks {:.2f}".format(*f1))
-        if "action_r2" in stage:
-            for name, key in (("", ""), (" of a uniform cut", "uniform_")):
-                r2 = f"{stage[key + 'action_r2']}, of the way to its end {stage[key + 'segment_end_r2']}"
-                print(f"    R2 from a skill{name} to the action {r2}")
+    print(f"  next latent, l1 error over copying the last: {error / copy:.2f}")
+    positions = sum(map(len, val))
+    for stage, target in enumerate(args.chunk):
+        marks = [b[:, stage] for b in boundaries]
+        even = [uniform_boundaries(b, d.start, d.length) for b, d in zip(marks, sets, strict=True)]
+        kept = sum(int(b[rows].sum()) for b, rows in zip(marks, val, strict=True))
+        row = {"rate": round(kept / positions, 4)}
+        positions = kept
+        row |= boundary_f1(sets, latents, marks, even, gap)
+        print(f"  stage {stage + 1}: boundary rate {row['rate']:.3f}, target {1 / target:.3f}")
+        if "f1_boundary" in row:
+            print(
+                "    F1 with true changes {f1_boundary:.2f}, uniform {f1_uniform:.2f}, "
+                "peaks of latent change {f1_peaks:.2f}".format(**row)
+            )
+        for dataset, hs, found_at, uniform_at in zip(sets, vectors, marks, even, strict=True):
+            for kind, at in (("skills", found_at), ("uniform", uniform_at)):
+                skill = skill_vectors(hs[stage], at, args.skill)
+                write(Path(args.out, f"{kind}{stage + 1}.{dataset.name}.npy"), skill)
+                if dataset.true_actions() is not None:
+                    row[f"{kind}_says"] = skill_r2(dataset, skill, at)
+                    print(f"    {kind}, R2 with {dataset.name}'s {row[f'{kind}_says']}")
+        figures["stages"].append(row)
+    for dataset, b in zip(sets, boundaries, strict=True):
+        write(Path(args.out, f"boundaries.{dataset.name}.npy"), b)
+    write(Path(args.out, "skills.json"), figures)
+    draw(Path(args.out, "skills.png"), sets, boundaries)
+
+
+def standardise(z, rows):
+    """Latents (T, D) less the mean of these rows, over one deviation for all numbers: else adjacent
+    latents are parallel, and nothing is cut. Returns them with mean (D,) and deviation."""
+    mean, deviation = z[rows].mean(0), float(z[rows].var(0).mean() ** 0.5) + 1e-6
+    return ((z - mean) / deviation).astype(np.float32), (torch.from_numpy(mean), deviation)
+
+
+def parameter_groups(model, slow):
+    """k stays near the latents; q and, less freely, the encoders learn to foretell it. A boundary is
+    where that fails. slow: the shares of the learning rate of embedding and k, and of encoders."""
+    groups = {slow[0]: [], slow[1]: [], 1.0: []}
+    for name, parameter in model.named_parameters():
+        if "embed" in name or ".k." in name:
+            groups[slow[0]].append(parameter)
+        else:
+            groups[slow[1] if "encoder" in name else 1.0].append(parameter)
+    return [{"params": parameters, "share": share} for share, parameters in groups.items()]
 
 
 def main():
     args = get_args()
-    device, _, world = start(args.out, args.device)
+    device, _, world = data.start(args.out, args.device)
     if world > 1:
         fail("skills.py runs in one process: start it without torchrun")
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
-    sets = open_sets(args.data)
+    sets = data.open_sets(args.data)
     raw = [load_latents(dataset, args.out) for dataset in sets]
-    lam, gap = None, 0
-    if Path(args.out, "lam.pt").exists():
-        record = load_checkpoint(Path(args.out, "lam.pt"), "lam")
-        lam = LAM(record["settings"], sets[0].frames.shape[1])
-        load_weights(lam, record, Path(args.out, "lam.pt"))
-        lam.to(device).requires_grad_(False)  # frozen
-        gap = lam.gap
-    elif args.rec:
-        print(f"{args.out}/lam.pt is missing, so there is no FDM: L_rec is off")
-    latents, scale = [], []  # standardised, else adjacent latents are parallel and nothing is cut
-    for dataset, z in zip(sets, raw, strict=True):
-        used = z[dataset.rows(dataset.split("train"), gap)]
-        mean, deviation = used.mean(0), used.var(0).mean() ** 0.5 + 1e-6
-        latents.append(((z - mean) / deviation).astype(np.float32))
-        scale.append((torch.from_numpy(mean).to(device), float(deviation)))
-    model = HNet(raw[0].shape[1], args.width, len(args.chunk), args.layers, args.least, gap)
-    model.to(device)
-    # k stays near the latents; q and, less freely, the encoders learn to foretell it. A boundary is
-    # where that fails.
-    groups = {args.slow[0]: [], args.slow[1]: [], 1.0: []}
-    for name, parameter in model.named_parameters():
-        kept = "embed" in name or ".k." in name
-        share = args.slow[0] if kept else args.slow[1] if "encoder" in name else 1.0
-        groups[share].append(parameter)
-    groups = [{"params": params, "share": share} for share, params in groups.items() if params]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.01)
-    settings = vars(args) | {"data": checksum(*raw)}
-    path = Path(args.out, "skills.pt")
-    first, log = resume(path, "skills", settings, model, optimizer)
+    lam = load_lam(args.out, sets[0], device).requires_grad_(False)  # frozen
+    gap = lam.gap
+    used = [dataset.rows(dataset.split("train"), gap) for dataset in sets]
+    pairs = [standardise(z, rows) for z, rows in zip(raw, used, strict=True)]
+    latents, scale = zip(*pairs, strict=True)
     episodes = [[e for e in d.split("train") if d.length[e] > gap + 1] for d in sets]
-    rows_log, begin = [], time.time()
+    stages = len(args.chunk)
+    model = HNet(raw[0].shape[1], args.width, stages, args.layers, args.least, gap).to(device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.slow), lr=args.lr, weight_decay=0.01)
+    settings = vars(args) | {"data": data.checksum(*raw)}
+    path = Path(args.out, "skills.pt")
+    first, log = data.resume(path, "skills", settings, model, optimizer)
+    seen, begin = [], time.time()
     for step in tqdm(range(first, args.steps), "skills", disable=None):
         rng = np.random.default_rng([args.seed, step])  # chance hangs on seed and step alone, so
         torch.manual_seed(args.seed * 1_000_003 + step)  # a resumed run repeats itself exactly
@@ -572,34 +493,29 @@ def main():
         z, mask, rows, source = get_batch(sets, latents, episodes, gap, args, rng)
         z, mask = z.to(device), mask.to(device)
         prediction, routings = model(z, mask)
-        l_latent = (prediction[:, :-1] - z[:, 1:]).abs()[mask[:, 1:]].mean()  # L_latent, l1
-        l_rec = torch.zeros((), device=device)
-        if lam and args.rec:
+        loss = (prediction[:, :-1] - z[:, 1:]).abs()[mask[:, 1:]].mean()  # L_latent, l1
+        row = {"step": step + 1, "L_latent": loss.item()}
+        if args.rec:
             l_rec = reconstruction(lam, prediction, mask, rows, source, sets, scale, rng)
-        row = {"step": step + 1, "L_latent": l_latent.item(), "L_rec": l_rec.item()}
-        l_ratio = 0.0
+            loss = loss + args.rec * l_rec
+            row["L_rec"] = l_rec.item()
         for s, (routing, n) in enumerate(zip(routings, args.chunk, strict=True), 1):
-            ratio, f, g = ratio_loss(routing.boundary, routing.probability, routing.mask, n)
-            l_ratio = l_ratio + ratio
+            l_ratio, f, g = ratio_loss(routing.boundary, routing.probability, routing.mask, n)
+            loss = loss + args.ratio * l_ratio
             row |= {f"F{s}": f.item(), f"G{s}": g.item()}
-        loss = l_latent + args.rec * l_rec + args.ratio * l_ratio
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        rows_log.append(list(row.values()))
+        seen.append(row)
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
-            means = np.mean(rows_log, axis=0).tolist()
-            log.append(dict(zip(row, means, strict=True)) | {"step": step + 1})
-            shown = "   ".join(f"{k} {v:.3f}" for k, v in log[-1].items() if k != "step")
-            speed = (step + 1 - first) / (time.time() - begin)
-            tqdm.write(f"step {step + 1:6d}   {shown}   {speed:.1f} steps/s")
-            write_log(Path(args.out, "skills"), log)
+            log.append(data.log_row(seen, "skills", first, begin))
+            data.write_log(Path(args.out, "skills"), log)
             record = {"stage": "skills", "settings": settings, "step": step + 1}
             record |= {"steps": args.steps, "log": log, "model": model.state_dict()}
             write(path, record | {"optimizer": optimizer.state_dict()})
-            rows_log = []
-    report(args, model, lam, sets, latents, scale, gap, device)
+            seen = []
+    report(args, model, sets, latents, gap, device)
 
 
 if __name__ == "__main__":
