@@ -6,8 +6,8 @@ train.bin, and an episodes.json that says where each episode starts:
     frames.bin   (T, S, S, 3) uint8       wrist.bin    (T, S, S, 3) uint8, a second camera
     actions.bin  (T, A) float32           proprio.bin  (T, P) float32, what the body feels
     truth_*.bin  what a scripted demonstrator knows (phase, motion, actions): to measure with only
-All but frames may be missing: a folder without actions is action-free video. Each stage adds one
-more array of length T, so frame t, its latent, its skill and its action t are the same row.
+All but frames may be missing: without actions it is action-free video. Each stage adds one more
+array of length T, so frame t, its latent, its skill and its action t are the same row.
 
     python data.py toy    --out data/toy                               # built in, 20 seconds
     python data.py libero --src DATASETS/libero_10 --out data/libero_10
@@ -20,8 +20,9 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
+import tempfile
+import textwrap
 import time
 import zlib
 from itertools import islice, permutations
@@ -34,12 +35,13 @@ from PIL import Image
 from tqdm import tqdm
 
 TOY_SETS = ["data/toy/hand", "data/toy/robot"]
+VIDEOS, IMAGES = [".webm", ".mp4", ".gif"], [".jpg", ".jpeg", ".png"]
 
 
 # ------------------------------------------------------------------------- command line and start
 def fail(message):
     """Say in one line what is wrong and leave with exit status 2. Tracebacks are for bugs."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {textwrap.shorten(message, 500)}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -65,7 +67,7 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 
 def make_parser(doc, steps=None):
-    """A script's parser; with steps, the default of --steps, it has the flags all trainings have."""
+    """A script's parser; with steps, the default of --steps, it has the flags of all trainings."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=Help)
     parser.error = fail
     if steps:
@@ -80,8 +82,8 @@ def make_parser(doc, steps=None):
 
 
 def start(out, device="auto"):
-    """Make the run folder, find the device, join the processes that torchrun started. Returns the
-    torch.device, the rank of this process (0 writes and prints) and how many there are."""
+    """Make the run folder and join the processes that torchrun started; returns the torch.device,
+    the rank of this process (0 writes and prints) and how many there are."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
@@ -93,14 +95,13 @@ def start(out, device="auto"):
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        fail(f"--out {out}: no folder can be made there ({error.strerror})")
+        fail(f"--out: no folder can be made there ({error})")
     return torch.device(name), int(os.environ.get("RANK", 0)), world
 
 
 # ----------------------------------------------------------------------------- files and pictures
 def write(path, content):
-    """Write .npy, .pt, .png (a matplotlib figure), text or JSON; a file is renamed when it is
-    whole, so nobody ever sees half of it."""
+    """Write .npy, .pt, .png (a matplotlib figure), text or JSON, renamed when the file is whole."""
     ending = Path(path).suffix
     with open(f"{path}.tmp", "wb") as file:
         if ending == ".npy":
@@ -110,7 +111,7 @@ def write(path, content):
         elif ending == ".png":
             content.savefig(file, format="png")
         else:
-            text = content if isinstance(content, str) else json.dumps(content, indent=1)
+            text = content if ending == ".csv" else json.dumps(content, indent=1)
             file.write(text.encode())
     os.replace(f"{path}.tmp", path)
 
@@ -140,35 +141,31 @@ def write_log(stem, log):
 
 def checksum(*arrays):
     """Checksum of a thousand rows of each array: tells whether a run goes on with the same data."""
-    value = 0
-    for array in arrays:
-        value = zlib.crc32(np.ascontiguousarray(array[:: 1 + len(array) // 1000]).tobytes(), value)
-    return value
+    parts = [array[:: 1 + len(array) // 1000].tobytes() for array in arrays]
+    return zlib.crc32(b"".join(parts))
 
 
 def load_checkpoint(path, stage, finished=True):
     """A stage's checkpoint, a dict; exits when it is missing, damaged, another's or unfinished."""
-    script = f"`python {stage.split('_')[0]}.py`"
+    again = f"run `python {stage.split('_')[0]}.py` with the same --out first"
     try:
         record = torch.load(path, map_location="cpu", weights_only=True)
-        found, step, steps = record["stage"], record["step"], record["steps"]
-    except FileNotFoundError:
-        fail(f"{path} is missing: run {script} with the same --out first")
+        found, complete = record["stage"], record["step"] >= record["steps"]
     except Exception as error:
-        fail(f"{path} is not a readable checkpoint of this project ({type(error).__name__})")
+        fail(f"{path} is not a readable checkpoint ({type(error).__name__}): {again}")
     if found != stage:
         fail(f"{path} is a checkpoint of {found}, not of {stage}")
-    if finished and step < steps:
-        fail(f"{path} stopped at step {step} of {steps}: run {script} again to finish it")
+    if finished and not complete:
+        fail(f"{path} stopped at step {record['step']} of {record['steps']}: {again}")
     return record
 
 
 def load_weights(model, record, path):
-    """Load a checkpoint's weights; exits with one line when they are of another shape."""
+    """Load a checkpoint's weights; exits when they are of another shape."""
     try:
         model.load_state_dict(record["model"])
     except RuntimeError as error:
-        fail(f"{path} holds a model of another shape: {str(error).splitlines()[1].strip()[:160]}")
+        fail(f"{path} holds a model of another shape: {error}")
 
 
 def resume(path, stage, settings, model, optimizer):
@@ -178,11 +175,9 @@ def resume(path, stage, settings, model, optimizer):
         return 0, []
     record = load_checkpoint(path, stage, finished=False)
     for key in sorted(set(settings) - {"out", "device", "log_every"}):
-        old, new = record["settings"].get(key), settings[key]
-        if old != new:
-            fail(
-                f"{path} was trained with {key} {old}, not {new}: choose another --out or delete it"
-            )
+        old = record["settings"].get(key)
+        if old != settings[key]:
+            fail(f"{path} was trained with {key} {old}, not {settings[key]}: choose another --out")
     load_weights(model, record, path)
     optimizer.load_state_dict(record["optimizer"])
     return record["step"], record["log"]
@@ -190,11 +185,8 @@ def resume(path, stage, settings, model, optimizer):
 
 # ------------------------------------------------------------------------------ the packed dataset
 class Packed:
-    """A packed dataset, memory-mapped.
-
-    frames, wrist, proprio, actions: arrays over all T frames, None where the set has none.
-    start, length: (E,) the first row and the number of frames of each episode.
-    """
+    """A packed dataset, memory-mapped: frames, wrist, proprio, actions over all T rows, None where
+    it has none, and the first row and the number of frames of each episode, start, length (E,)."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -203,16 +195,16 @@ class Packed:
             info = json.loads((self.path / "episodes.json").read_text())
             self.arrays, self.episodes = info["arrays"], info["episodes"]
             self.phases, self.upside_down = info["phases"], info["upside_down"]
-            self.start = np.array([episode["start"] for episode in self.episodes])
             self.length = np.array([episode["length"] for episode in self.episodes])
         except (OSError, ValueError, KeyError, TypeError):
             fail(f"{path} is no packed dataset; data.py makes one, see `python data.py --help`")
+        self.start = self.length.cumsum() - self.length
         self.total = int(self.length.sum())
         self.frames, self.wrist = self.open("frames"), self.open("wrist")
         self.proprio, self.actions = self.open("proprio"), self.open("actions")
 
     def open(self, key):
-        """An array of the set by its name, None where there is none; exits at a wrong file size."""
+        """An array of the set by its name, or None; exits when its file has a wrong size."""
         if key not in self.arrays:
             return None
         dtype = np.dtype(self.arrays[key]["dtype"])
@@ -242,7 +234,7 @@ class Packed:
         """Frames, and the wrist camera's where cameras is 2: (B, cameras, 3, S, S) in [0, 1]."""
         if cameras > 1 and self.wrist is None:
             fail(f"{self.path} has no wrist camera")
-        views = [self.frames[rows], self.wrist[rows]] if cameras > 1 else [self.frames[rows]]
+        views = [view[rows] for view in (self.frames, self.wrist)[:cameras]]
         pixels = torch.from_numpy(np.stack(views, 1)).to(device, non_blocking=True)
         return pixels.permute(0, 1, 4, 2, 3).float() / 255
 
@@ -264,37 +256,32 @@ def open_sets(paths):
 
 
 def pack(out, episodes, total=None, upside_down=False, phases=()):
-    """Write a packed dataset; the folder appears only when it is whole.
-
-    episodes yields (text, task, split, {name: array over the episode's frames}). phases: names of
-    the numbers in truth_phase. Exits when arrays do not fit each other, or hold NaN.
-    """
-    out, temporary = Path(out), Path(f"{out}.{os.getpid()}.tmp")  # two runs at once do not meet
+    """Write a packed dataset; exits when arrays do not fit each other, or hold NaN. episodes yields
+    (text, task, split, {name: array over its frames}); phases are the names of truth_phase."""
+    out = Path(out)
     if out.exists():
         fail(f"{out} exists already: delete it or choose another --out")
-    temporary.mkdir(parents=True)
-    arrays, records, begin = {}, [], 0
-    try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    arrays, records = {}, []
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as temporary:
+        whole = Path(temporary, "set")
+        whole.mkdir()
         for text, task, split, episode in tqdm(episodes, str(out), total, disable=None):
             length = len(episode["frames"])
             for key, value in episode.items():
                 kind = {"dtype": value.dtype.name, "shape": list(value.shape[1:])}
                 if len(value) != length or arrays.setdefault(key, kind) != kind:
-                    fail(f"{task}: {key} {value.shape} beside {length} frames and {arrays[key]}")
+                    fail(f"{task}: {key} {value.shape} beside {length} frames, or unlike others")
                 if value.dtype.kind == "f" and not np.isfinite(value).all():
                     fail(f"{task}: NaN or infinity in {key}")
-                with open(temporary / f"{key}.bin", "ab") as file:
-                    file.write(np.ascontiguousarray(value).tobytes())
-            record = {"start": begin, "length": length, "text": text, "task": task, "split": split}
-            records.append(record)
-            begin += length
+                with open(whole / f"{key}.bin", "ab") as file:
+                    file.write(value.tobytes())
+            records.append({"length": length, "text": text, "task": task, "split": split})
         info = {"arrays": arrays, "upside_down": upside_down, "phases": list(phases)}
-        write(temporary / "episodes.json", info | {"episodes": records})
+        write(whole / "episodes.json", info | {"episodes": records})
         if not out.exists():  # else another process packed it meanwhile, and its set is used
-            os.rename(temporary, out)
-        print(f"{out}: {len(records)} episodes, {begin} frames, arrays {', '.join(arrays)}")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            whole.rename(out)
+    print(f"{out}: {len(records)} episodes, arrays {', '.join(arrays)}")
 
 
 # --------------------------------------------------------------------------------- the toy world
@@ -308,8 +295,7 @@ TOY_LIMIT = 120  # steps of an evaluation
 TOY_PHASES = ["reach", "grasp", "carry", "release", "retreat"]
 # where the four blocks and the two trays lie, give or take 0.12
 REGIONS = np.array([[0.2, 0.28], [0.5, 0.28], [0.8, 0.28], [0.5, 0.72], [0.2, 0.72], [0.8, 0.72]])
-# A goal is (block, tray, block, tray), done in this order. Of the 48 every fifth is a task of the
-# robot's; the other 38 appear in hand video only.
+# (block, tray, block, tray), done in this order; every fifth is a task of the robot's
 GOALS = [(a, s, b, t) for a, b in permutations(range(4), 2) for s in range(2) for t in range(2)]
 TASKS = GOALS[::5]
 
@@ -321,14 +307,11 @@ def toy_text(goal):
 
 
 class ToyWorld:
-    """B tables seen from above, each with four blocks, two trays and a gripper.
-
+    """B tables seen from above, each with four blocks, two trays and a gripper; a seed places them.
     Positions lie in [0, 1]^2, in widths of the table, y downwards. An action (B, 3) in [-1, 1] is
-    dx, dy, grip; grip > 0 closes, as in LIBERO. The fingers take three frames to close or open.
-    """
+    dx, dy, grip; grip > 0 closes, as in LIBERO."""
 
     def __init__(self, goals, seeds, look="robot", size=32):
-        """goals: B goals. seeds: B seeds, each deciding where the objects and the hand are."""
         self.look, self.size = look, size
         tray = np.arange(6) > 3  # objects 0..3 are blocks, 4 and 5 trays
         self.goals = np.array(goals)
@@ -336,7 +319,7 @@ class ToyWorld:
         self.hand = np.zeros((len(goals), 2))
         self.opening = np.ones(len(goals))
         self.held = np.full(len(goals), -1)  # the block in the hand, -1: none
-        apart = 0.20 + 0.06 * (tray[:, None] | tray) - np.eye(6)
+        apart = 0.20 + 0.06 * (tray[:, None] | tray) - np.eye(6)  # of each two, at least
         for i, seed in enumerate(seeds):
             rng = np.random.default_rng(seed)
             while (np.abs(self.objects[i][:, None] - self.objects[i]).max(-1) < apart).any():
@@ -373,8 +356,8 @@ class ToyWorld:
         """What the camera sees of these tables, (B, S, S, 3) uint8, painted back to front."""
         x, y = self.hand[rows].T
         gap = 0.10 + 0.08 * self.opening[rows]  # wide enough to be seen frame by frame at 32 x 32
-        image = np.empty((len(x), 3, self.size, self.size), np.float32)
-        image[:] = np.reshape((186, 191, 199), (3, 1, 1))
+        table = np.array([186, 191, 199], np.float32)[:, None, None]
+        image = np.tile(table, (len(x), 1, self.size, self.size))  # (B, 3, S, S)
         for i, colour in enumerate(TRAYS.values()):
             paint(image, colour, *self.objects[rows, 4 + i].T, TRAY_HALF, TRAY_HALF)
         for top in (False, True):  # the block in the hand lies above the others
@@ -383,12 +366,13 @@ class ToyWorld:
                 paint(image, colour, *self.objects[rows, i].T, BLOCK_HALF, BLOCK_HALF, seen)
         if self.look == "robot":  # a plate and two fingers
             paint(image, (204, 38, 179), x, y - 0.13, gap + 0.03, 0.04)
+            finger, tip = (115, 26, 107), y
         else:  # a sleeve that comes from the table's edge, a palm, thumb and finger
             paint(image, (92, 115, 82), x, (y + 1.3) / 2, 0.05, (1.0 - y) / 2)
             paint(image, (245, 168, 128), x, y + 0.15, gap, 0.05)
-        lower, finger = (0, (115, 26, 107)) if self.look == "robot" else (0.03, (224, 140, 102))
-        for side in (-1, 1):
-            paint(image, finger, x + side * gap, y + lower, 0.03, 0.095)
+            finger, tip = (224, 140, 102), y + 0.03
+        paint(image, finger, x - gap, tip, 0.03, 0.095)
+        paint(image, finger, x + gap, tip, 0.03, 0.095)
         return (image + 0.5).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
@@ -400,7 +384,7 @@ def paint(image, colour, x, y, width, height, seen=True):
     down = np.reshape(height, (-1, 1)) - np.abs(grid - y[:, None])
     across = np.clip(0.5 + across * size, 0, 1) * np.reshape(seen, (-1, 1))  # (B, S)
     mask = np.clip(0.5 + down * size, 0, 1)[:, :, None] * across[:, None, :]  # (B, S, S)
-    colour = np.reshape(colour, (3, 1, 1)).astype(np.float32)
+    colour = np.array(colour, np.float32)[:, None, None]
     image += mask[:, None].astype(np.float32) * (colour - image)
 
 
@@ -417,9 +401,9 @@ def toy_demonstrate(look, goals, seed, size):
     angle = np.zeros((n, 1))  # by how much the heading is off
     rest = np.zeros(n, int)  # frames still to rest
     velocity = np.zeros((n, 2))
-    records = [[] for _ in rows]
-    while (left > 0).any() and max(map(len, records)) < 200:
-        phase = np.where(part == 8, 4, part % 4)
+    film = []  # for each frame its arrays over all demonstrations
+    while (left > 0).any() and len(film) < 200:
+        phase = np.where(part == 8, 4, part % 4).astype(np.int8)
         second = np.minimum(part // 4, 1)  # 0: the first block, 1: the second
         block = world.objects[rows, world.goals[rows, 2 * second]]
         tray = world.objects[rows, 4 + world.goals[rows, 2 * second + 1]]
@@ -437,22 +421,23 @@ def toy_demonstrate(look, goals, seed, size):
         velocity = moving[:, None] * (0.4 * velocity + 0.6 * pace * heading)
         grip = np.where((phase == 1) | (phase == 2), 1, -1)[:, None]
         actions = np.concatenate([velocity, grip], 1).astype(np.float32)
-        alive, proprio = np.flatnonzero(left > 0), world.proprio()
-        parts = np.array_split(alive, 1 + len(alive) // 256)  # which fit into a processor's cache
+        alive = np.flatnonzero(left > 0)
+        parts = np.array_split(alive, 1 + len(alive) // 256)  # small enough for a cache
         frames = [frame for part in parts for frame in world.frames(part)]
+        now = {"frames": dict(zip(alive, frames, strict=True))}
+        now |= {"proprio": world.proprio(), "actions": actions, "truth_phase": phase}
         world.step(actions)
-        motion = world.proprio() - proprio
-        for i, frame in zip(alive, frames, strict=True):
-            records[i].append((frame, proprio[i], actions[i], np.int8(phase[i]), motion[i]))
+        now["truth_motion"] = world.proprio() - now["proprio"]
+        film.append(now)
         there = moving & (distance[:, 0] < 0.05)
         shut = (phase == 1) & (world.opening < 0.01)
         opened = (phase == 3) & (world.opening > 0.99)
         part = part + ((there & (part < 8)) | shut | opened)
         velocity = velocity * ~there[:, None]
         left = left - (phase == 4)
-    names = ["frames", "proprio", "actions", "truth_phase", "truth_motion"]
     for i in np.flatnonzero(world.success() & (left <= 0)):
-        yield i, dict(zip(names, map(np.stack, zip(*records[i], strict=True)), strict=True))
+        mine = [now for now in film if i in now["frames"]]
+        yield i, {key: np.stack([now[key][i] for now in mine]) for key in film[0]}
 
 
 def pack_toy(out, hand=880, demos=55, size=32, seed=0):
@@ -476,10 +461,7 @@ def pack_toy(out, hand=880, demos=55, size=32, seed=0):
 # ------------------------------------------------------------------------------------- importers
 def resize(frames, size):
     """(T, H, W, 3) uint8 -> (T, size, size, 3), anti-aliased."""
-    if frames.shape[1:3] == (size, size):
-        return frames
-    images = [Image.fromarray(frame).resize((size, size), Image.LANCZOS) for frame in frames]
-    return np.stack([np.asarray(image) for image in images])
+    return np.stack([Image.fromarray(f).resize((size, size), Image.LANCZOS) for f in frames])
 
 
 def natural(name):
@@ -488,26 +470,25 @@ def natural(name):
 
 
 def libero_episodes(files, phases, args):
-    """Episodes of LIBERO's HDF5, one file a task; fills the list phases with the names they use.
+    """Episodes of LIBERO's HDF5, one file a task, its demonstrations in the order of their numbers.
+    phases: a list, filled with the names of truth_phase, which scripted demonstrations have.
     There obs[j] was seen AFTER actions[j], so the action to learn from obs[j] is actions[j + 1]."""
     import h5py
 
     for path in files:
         try:
             with h5py.File(path, "r") as file:
-                data = file["data"]
-                problem = json.loads(data.attrs["problem_info"])
+                problem = json.loads(file["data"].attrs["problem_info"])
                 text = "".join(problem["language_instruction"]).strip('"')
-                demos = sorted((d for d in data if d.startswith("demo_")), key=natural)
-                demos = demos[: args.demos]
-                # scripted demonstrations name their phases: "2:knob_turn" is a "turn"
-                names = json.loads(data.attrs.get("phase_names", "[]"))
-                names = [re.split("[:_]", name)[-1] for name in names]
+                demos = sorted(file["data"], key=natural)[: args.demos]
+                names = json.loads(file["data"].attrs.get("phase_names", "[]"))
+                names = [re.split("[:_]", name)[-1] for name in names]  # "2:knob_turn": a turn
                 phases += [name for name in dict.fromkeys(names) if name not in phases]
                 for i, demo in enumerate(demos):
-                    obs, actions = data[demo]["obs"], data[demo]["actions"][1:].astype(np.float32)
+                    obs = file["data"][demo]["obs"]
                     arrays = {"frames": resize(obs["agentview_rgb"][:-1], args.size)}
                     arrays["wrist"] = resize(obs["eye_in_hand_rgb"][:-1], args.size)
+                    actions = file["data"][demo]["actions"][1:].astype(np.float32)
                     arrays["truth_actions"] = actions
                     if not args.no_actions:
                         body = [obs["joint_states"][:-1], obs["gripper_states"][:-1]]
@@ -515,12 +496,11 @@ def libero_episodes(files, phases, args):
                         arrays["actions"] = actions
                     if names:
                         known = np.array([phases.index(name) for name in names], np.int8)
-                        arrays["truth_phase"] = known[data[demo]["phase"][:-1]]
+                        arrays["truth_phase"] = known[file["data"][demo]["phase"][:-1]]
                     split = "val" if i >= len(demos) - round(args.val * len(demos)) else "train"
                     yield text, path.name.removesuffix("_demo.hdf5"), split, arrays
         except (OSError, KeyError, ValueError, TypeError) as error:
-            reason = " ".join(str(error).split())[:120]
-            fail(f"{path}: truncated, or not in LIBERO's format ({reason})")
+            fail(f"{path}: truncated, or not in LIBERO's format ({error})")
 
 
 def read_labels(path):
@@ -530,10 +510,10 @@ def read_labels(path):
         separator = ";" if ";" in text.split("\n")[0] else ","
         table = csv.DictReader(text.splitlines(), delimiter=separator)
         rows = json.loads(text) if path.endswith(".json") else list(table)
-        names = [Path(str(row.get("id", row.get("file")))).stem for row in rows]
-        captions = [str(row.get("label", row.get("text", ""))) for row in rows]
+        names = [Path(str(row["file"] if "file" in row else row["id"])).stem for row in rows]
+        captions = [row["text"] if "text" in row else row["label"] for row in rows]
         return dict(zip(names, captions, strict=True))
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{path}: no label file with columns id and label ({type(error).__name__})")
 
 
@@ -544,18 +524,16 @@ def video_episodes(files, labels, args):
     for i, path in enumerate(files):
         try:
             if path.is_dir():
-                images = [
-                    f for f in path.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png")
-                ]
-                images = sorted(images, key=natural)[:: args.stride]
-                frames = [np.asarray(Image.open(image).convert("RGB")) for image in images]
+                found = sorted(path.iterdir(), key=natural)
+                kept = [f for f in found if f.suffix.lower() in IMAGES][:: args.stride]
+                frames = [np.asarray(Image.open(image).convert("RGB")) for image in kept]
             else:
                 with av.open(str(path)) as video:
                     kept = islice(video.decode(video=0), 0, None, args.stride)
                     frames = [frame.to_ndarray(format="rgb24") for frame in kept]
             frames = resize(np.stack(frames), args.size)
         except (OSError, ValueError, IndexError) as error:  # PyAV's are OSErrors and ValueErrors
-            fail(f"{path}: unreadable video ({' '.join(str(error).split())[:100]})")
+            fail(f"{path}: unreadable video ({error})")
         split = "val" if args.val and i % round(1 / args.val) == 0 else "train"
         yield labels.get(path.stem, ""), path.stem, split, {"frames": frames}
 
@@ -574,23 +552,22 @@ def main():
     add("--val", type=number(float, 0, 0.5), default=0.1, help="share of episodes held out")
     args = parser.parse_args()
     if args.kind == "toy":
-        if Path(args.out, "hand").exists() and Path(args.out, "robot").exists():
+        if Path(args.out, "robot").exists():
             fail(f"{args.out} is packed already: delete it or choose another --out")
         return pack_toy(args.out)
-    endings = [".hdf5"] if args.kind == "libero" else [".webm", ".mp4", ".gif"]
     if not args.src or not Path(args.src).is_dir():
         fail(f"--src {args.src}: no such folder")
-    files = sorted(Path(args.src).iterdir(), key=natural)
-    videos = args.kind == "video"
-    files = [f for f in files if f.suffix.lower() in endings or (videos and f.is_dir())]
-    if not files:
-        fail(f"--src {args.src}: no {', '.join(endings)} files there")
-    if videos:
-        labels = read_labels(args.labels) if args.labels else {}
-        pack(args.out, video_episodes(files, labels, args), len(files))
+    found, phases = sorted(Path(args.src).iterdir(), key=natural), []
+    if args.kind == "libero":
+        files = [path for path in found if path.suffix == ".hdf5"]
+        episodes = libero_episodes(files, phases, args)
     else:
-        phases = []
-        pack(args.out, libero_episodes(files, phases, args), None, True, phases)
+        files = [path for path in found if path.suffix.lower() in VIDEOS or path.is_dir()]
+        labels = read_labels(args.labels) if args.labels else {}
+        episodes = video_episodes(files, labels, args)
+    if not files:
+        fail(f"--src {args.src}: no .hdf5 files (libero), no .webm .mp4 .gif or folders (video)")
+    pack(args.out, episodes, None, args.kind == "libero", phases)
 
 
 if __name__ == "__main__":

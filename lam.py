@@ -3,9 +3,8 @@ Stage 1, the latent action model: from two frames of action-free video to the ac
 
 An inverse dynamics model (IDM) sees the frames t and t+k and gives a small vector, the latent
 action z_t = f(I_t, I_{t+k}). A forward dynamics model (FDM) sees frame t and z_t and must draw
-frame t+k: I_{t+k} ~ g(I_t, z_t). They are trained together on nothing but that drawing, so z has
-to say what moved (HiLAM, arXiv 2603.05815, section 3.1; UniSkill, CoRL 2025). The danger is a z
-that is ignored: the report holds the drawing with the true z against those with a wrong one.
+frame t+k: I_{t+k} ~ g(I_t, z_t). They learn together from that drawing alone, so z has to say what
+moved (HiLAM, arXiv 2603.05815, section 3.1; UniSkill, CoRL 2025): a wrong z must draw worse.
 
     python lam.py                                      # toy world, a minute and a half on a laptop
     python lam.py --data data/libero_10 --out out/libero_10 --gap 8 --latent 128 --wrist \\
@@ -17,7 +16,6 @@ latents.SET.npy (T, latent) for each packed set.
 """
 
 import math
-import random
 import time
 from pathlib import Path
 
@@ -47,15 +45,8 @@ def get_args():
     add = parser.add_argument_group("model and training").add_argument
     add("--width", type=number(int, 8), default=32, help="channels at first, doubled twice")
     add("--reverse", action="store_true", help="show every other pair backwards, against habit")
-    add(
-        "--warp", type=REAL, default=0.0, help="random affine maps of what the IDM sees; LIBERO 0.4"
-    )
-    add(
-        "--batch",
-        type=COUNT,
-        default=64,
-        help="frame pairs a step and process, equally of each set",
-    )
+    add("--warp", type=REAL, default=0.0, help="random affine maps for the IDM; LIBERO: 0.4")
+    add("--batch", type=COUNT, default=64, help="frame pairs a step and process, of all sets")
     add("--lr", type=number(float, 1e-9), default=4e-3, help="peak learning rate of AdamW")
     add("--bf16", action="store_true", help="compute in bfloat16 where it is safe: for GPUs")
     add("--compile", action="store_true", help="torch.compile the networks: for GPUs")
@@ -64,10 +55,8 @@ def get_args():
 
 # ----------------------------------------------------------------------------------------- models
 class ConvBlock(nn.Module):
-    """3x3 convolution, GroupNorm, FiLM by a condition vector if it is built with one, SiLU.
-
-    (B, inside, H, W), condition (B, C) or None -> (B, outside, H / stride, W / stride).
-    """
+    """3x3 convolution, GroupNorm, FiLM by a condition (B, C) if it is built with one, SiLU:
+    (B, inside, H, W) -> (B, outside, H / stride, W / stride)."""
 
     def __init__(self, inside, outside, stride=1, condition=0):
         super().__init__()
@@ -85,9 +74,7 @@ class ConvBlock(nn.Module):
 
 class IDM(nn.Module):
     """Inverse dynamics model, z_t = f(I_t, I_{t+k}): (B, C, S, S) twice -> (B, latent).
-
-    Frames become a 16 x 16 grid of patches, averaged at the end: one motion, one z, anywhere.
-    """
+    Frames become a 16 x 16 grid of patches, averaged at the end: one motion, one z, anywhere."""
 
     def __init__(self, channels, size, latent, width, odd):
         super().__init__()
@@ -119,10 +106,8 @@ class IDM(nn.Module):
 
 
 class FDM(nn.Module):
-    """Forward dynamics model, I_{t+k} = I_t + g(I_t, z_t): (B, C, S, S), (B, latent) -> I_{t+k}.
-
-    A U-Net with FiLM by z at every scale on the way up; at the bottleneck alone z is ignored.
-    """
+    """Forward dynamics model, I_{t+k} ~ g(I_t, z_t): (B, C, S, S), (B, latent) -> (B, C, S, S).
+    A U-Net with FiLM by z at every scale on the way up; at the bottleneck alone z is ignored."""
 
     def __init__(self, channels, size, latent, width):
         super().__init__()
@@ -152,7 +137,7 @@ class FDM(nn.Module):
 
 
 class LAM(nn.Module):
-    """The IDM and the FDM of these settings (a dict of the flags), for square frames of a size."""
+    """The IDM and the FDM of these settings (a dict of the flags), for frames of size x size."""
 
     def __init__(self, settings, size):
         super().__init__()
@@ -162,18 +147,17 @@ class LAM(nn.Module):
             fail(f"--width {settings['width']}: choose a multiple of 8")
         self.cameras = 2 if settings["wrist"] else 1
         self.gap = settings["gap"]
-        shape = (3 * self.cameras, size, settings["latent"], settings["width"])
-        self.idm = IDM(*shape, settings["odd"])
-        self.fdm = FDM(*shape)
+        channels, latent, width = 3 * self.cameras, settings["latent"], settings["width"]
+        self.idm = IDM(channels, size, latent, width, settings["odd"])
+        self.fdm = FDM(channels, size, latent, width)
 
     def forward(self, now, future, warp_by=0.0):
         """Frame t+k, drawn from frame t and the latent action; the IDM sees warped frames."""
-        if warp_by:
-            return self.fdm(now, self.idm(*warp(now, future, warp_by)))
-        return self.fdm(now, self.idm(now, future))
+        seen = warp(now, future, warp_by) if warp_by else (now, future)
+        return self.fdm(now, self.idm(*seen))
 
     def frames(self, dataset, rows, device):
-        """Rows of a packed set as both models see them, the cameras' colours stacked: (B, C, S, S)."""
+        """Rows of a packed set as both models see them, all cameras' colours: (B, C, S, S)."""
         return dataset.images(rows, self.cameras, device).flatten(1, 2)
 
 
@@ -193,11 +177,9 @@ def warp(now, future, amount):
     turn = torch.eye(2) + amount * torch.randn(shape[0], 2, 2).clamp(-2, 2) / 2
     shift = amount * (torch.rand(shape[0], 2, 1) - 0.5)
     grid = F.affine_grid(torch.cat([turn, shift], dim=2).to(now.device), shape, False)
-    warped = [
-        F.grid_sample(frames.reshape(shape), grid, "bilinear", "border", False).view_as(frames)
-        for frames in (now, future)
-    ]
-    return warped
+    pair = [now.reshape(shape), future.reshape(shape)]
+    warped = [F.grid_sample(x, grid, "bilinear", "border", False) for x in pair]
+    return [x.view_as(now) for x in warped]
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -214,7 +196,7 @@ def get_batch(model, sets, rows, count, reverse, rng, device):
 
 @torch.no_grad()
 def encode(model, dataset, device):
-    """The latent actions of a packed set, (T, latent) float32; zeros where there is no frame t+k."""
+    """The latent actions of a packed set, (T, latent) float32, zeros where there's no frame t+k."""
     latents = np.zeros((dataset.total, model.fdm.embed.in_features), np.float32)
     rows = dataset.rows(range(len(dataset.start)), model.gap)
     parts = np.array_split(rows, 1 + len(rows) // 256)
@@ -227,7 +209,7 @@ def encode(model, dataset, device):
 
 # ------------------------------------------------------------------------- what a latent is worth
 def ridge(x, y, x_test, y_test):
-    """R2 of each column of y_test, predicted linearly from x_test by a ridge regression of y on x."""
+    """R2 of each column of y_test, read from x_test by a ridge regression that x and y fitted."""
     fitted = make_pipeline(StandardScaler(), Ridge()).fit(x, y)
     return r2_score(y_test, fitted.predict(x_test), multioutput="raw_values").round(4).tolist()
 
@@ -239,12 +221,9 @@ def summed(array, rows, gap):
 
 def gripper_events(dataset, rows, gap):
     """-1 where the gripper closes between t and t+k, 1 where it opens, else 0; None if unknown."""
-    motion = dataset.open("truth_motion")
-    if motion is not None:
-        change = summed(motion, rows, gap)[:, 2]
-    elif (
-        dataset.proprio is not None and dataset.proprio.shape[1] == 9
-    ):  # LIBERO's last two: fingers
+    if dataset.open("truth_motion") is not None:
+        change = summed(dataset.open("truth_motion"), rows, gap)[:, 2]
+    elif dataset.proprio is not None and dataset.proprio.shape[1] == 9:  # LIBERO: 7 joints, fingers
         opening = dataset.proprio[:, -2] - dataset.proprio[:, -1]
         change = (opening[rows + gap] - opening[rows]) / max(np.ptp(opening), 1e-6)
     else:
@@ -253,29 +232,28 @@ def gripper_events(dataset, rows, gap):
 
 
 def probe(sets, latents, gap):
-    """What probes, fitted on training episodes, read from held-out latents: the R2 of the true
-    actions, the F1 of "closes" and "opens", and the R2 of the last set's true motion dx, dy by a
-    probe fitted on the first (hand to robot). The only place where this stage opens actions."""
+    """Linear probes on held-out episodes: R2 of the true actions, F1 of "closes" and "opens", R2 of
+    the last set's dx, dy by a probe of the first. Only here does this stage open actions."""
     figures = {}
     for dataset, z in zip(sets, latents, strict=True):
         train = dataset.rows(dataset.split("train"), gap)
         val = dataset.rows(dataset.split("val"), gap)
         actions = dataset.true_actions()
         if actions is not None:
-            truth = (summed(actions, train, gap), summed(actions, val, gap))
-            figures["action_r2"] = ridge(z[train], truth[0], z[val], truth[1])
+            truth = summed(actions, train, gap)
+            figures["action_r2"] = ridge(z[train], truth, z[val], summed(actions, val, gap))
         grip = gripper_events(dataset, train, gap)
         if grip is not None and len(np.unique(grip)) == 3:
             guess = LogisticRegression(max_iter=500).fit(z[train], grip).predict(z[val])
             true = gripper_events(dataset, val, gap)
-            score = f1_score(true, guess, labels=[-1, 1], average="macro")
-            figures["gripper_f1"] = round(float(score), 4)
-    motions = [dataset.open("truth_motion") for dataset in sets]
-    if len(sets) > 1 and motions[0] is not None and motions[-1] is not None:
+            f1 = f1_score(true, guess, labels=[-1, 1], average="macro")
+            figures["gripper_f1"] = round(float(f1), 4)
+    first, last = sets[0].open("truth_motion"), sets[-1].open("truth_motion")
+    if len(sets) > 1 and first is not None and last is not None:
         train = sets[0].rows(sets[0].split("train"), gap)
-        val = sets[-1].rows(sets[-1].split("val"), gap)
-        truth = [summed(m, r, gap)[:, :2] for m, r in ((motions[0], train), (motions[-1], val))]
-        figures["transfer_r2"] = ridge(latents[0][train], truth[0], latents[-1][val], truth[1])
+        truth = summed(first, train, gap)[:, :2]
+        seen = summed(last, val, gap)[:, :2]  # val: of the last set
+        figures["transfer_r2"] = ridge(latents[0][train], truth, latents[-1][val], seen)
     return figures
 
 
@@ -284,7 +262,7 @@ def evaluate(model, sets, latents, device):
     """On held-out episodes: the FDM's squared error over that of copying frame t, with the true
     latent, with one of another moment, with zero; the latents' effective rank; and the probes."""
     rng = np.random.default_rng(0)
-    errors, copies, seen = np.zeros(3), 0.0, []
+    errors, seen = np.zeros(4), []
     for dataset, z in zip(sets, latents, strict=True):
         rows = dataset.rows(dataset.split("val"), model.gap)
         seen.append(z[rows])
@@ -293,39 +271,36 @@ def evaluate(model, sets, latents, device):
         for part in np.array_split(np.arange(len(rows)), 1 + len(rows) // 256):
             now = model.frames(dataset, rows[part], device)
             future = model.frames(dataset, rows[part] + model.gap, device)
-            copies += float((now - future).square().mean()) * len(part)
-            true = z[rows[part]]
-            for i, tried in enumerate([true, z[other[part]], np.zeros_like(true)]):
-                drawn = model.fdm(now, torch.from_numpy(tried).to(device))
-                errors[i] += float((drawn - future).square().mean()) * len(part)
+            true, shuffled = torch.from_numpy(z[rows[part]]), torch.from_numpy(z[other[part]])
+            drawn = [model.fdm(now, code.to(device)) for code in (true, shuffled, 0 * true)]
+            for i, frames in enumerate([*drawn, now]):  # now: copying
+                errors[i] += float((frames - future).square().mean()) * len(part)
     names = ["fdm_error", "fdm_error_shuffled", "fdm_error_zero"]
-    figures = dict(zip(names, (errors / copies).round(4).tolist(), strict=True))
+    figures = dict(zip(names, (errors[:3] / errors[3]).round(4).tolist(), strict=True))
     spectrum = np.linalg.eigvalsh(np.cov(np.concatenate(seen).T)).clip(1e-12)
     figures["effective_rank"] = round(float(np.exp(entropy(spectrum))), 2)  # Roy and Vetterli 2007
     return figures | probe(sets, latents, model.gap)
 
 
 def draw_strip(path, rows, caption, marks=None):
-    """Draw film strips, one under the other. rows: (label, frames (N, S, S, 3) uint8); caption: what
-    to look for; marks: {(row, column): the colour of that frame's edge}."""
+    """Draw film strips, one under the other. rows: (label, frames (N, S, S, 3) uint8);
+    marks: {(row, column): the colour of that frame's edge}."""
     longest = max(len(frames) for _, frames in rows)
     figure = Figure((0.8 * longest, 1.15 * len(rows) + 0.5), layout="constrained")
     axes = figure.subplots(len(rows), longest, squeeze=False)
     for r, (label, frames) in enumerate(rows):
-        axes[r, 0].set_title(label, loc="left")
+        axes[r, 0].text(0, 1.15, label, transform=axes[r, 0].transAxes, in_layout=False)
         for c, axis in enumerate(axes[r]):
-            axis.set(xticks=[], yticks=[])
-            axis.set_visible(c < len(frames))
+            axis.set(xticks=[], yticks=[], visible=c < len(frames))
             if c < len(frames):
                 axis.imshow(frames[c])
-            for edge in axis.spines.values():
-                edge.set(color=(marks or {}).get((r, c), "white"), linewidth=4)
+            axis.spines[:].set(color=(marks or {}).get((r, c), "white"), linewidth=4)
     figure.suptitle(caption)
     write(path, figure)
 
 
 def to_pixels(dataset, images):
-    """Images (B, C, S, S) in [0, 1] as people look at them: (B, S, S, 3) uint8, the first camera."""
+    """Images (B, C, S, S) in [0, 1] as people see them: (B, S, S, 3) uint8, the first camera."""
     pixels = images[:, :3].clamp(0, 1).mul(255).byte().permute(0, 2, 3, 1)
     return dataset.upright(pixels.cpu().numpy())
 
@@ -335,23 +310,22 @@ def draw(path, model, sets, latents, device):
     """What the FDM draws from the true latent, another moment's and zero, for each set; and what
     the first set's first latent does to all frames of the last set (hand to robot)."""
     rng = np.random.default_rng(1)
-    strip, first = [], None
+    strip, codes = [], []
     for dataset, z in zip(sets, latents, strict=True):
         rows = np.sort(rng.choice(dataset.rows(dataset.split("val"), model.gap), 8))
         now = model.frames(dataset, rows, device)
-        true = torch.from_numpy(z[rows]).to(device)
-        first = true[:1] if first is None else first
-        strip.append((f"{dataset.name}: frame t", to_pixels(dataset, now)))
         future = model.frames(dataset, rows + model.gap, device)
+        true = torch.from_numpy(z[rows]).to(device)
+        codes.append(true)
+        strip.append((f"{dataset.name}: frame t", to_pixels(dataset, now)))
         strip.append((f"frame t+{model.gap}", to_pixels(dataset, future)))
         tried = {"the true z": true, "the z of the frame on its left": true.roll(1, 0)}
         for name, code in (tried | {"z = 0": 0 * true}).items():
             strip.append((f"FDM with {name}", to_pixels(dataset, model.fdm(now, code))))
     if len(sets) > 1:
-        moved = model.fdm(now, first.expand(len(now), -1))
+        moved = model.fdm(now, codes[0][:1].expand(len(now), -1))
         strip.append((f"FDM with the first z of {sets[0].name}", to_pixels(dataset, moved)))
-    caption = f"with the true z the drawing is frame t+{model.gap}; with others it moves otherwise"
-    draw_strip(path, strip, caption)
+    draw_strip(path, strip, f"the true z draws frame t+{model.gap}, any other moves otherwise")
 
 
 def report(out, model, sets, device):
@@ -362,26 +336,23 @@ def report(out, model, sets, device):
     figures = evaluate(model, sets, latents, device)
     write(Path(out, "lam.json"), figures)
     draw(Path(out, "lam.png"), model, sets, latents, device)
-    true, shuffled, zero = (figures[f"fdm_error{name}"] for name in ("", "_shuffled", "_zero"))
-    print("on held-out episodes:")
-    print(f"  frame t+k drawn by the FDM, error over that of copying frame t: {true:.2f}")
-    print(f"    with the z of another moment {shuffled:.2f}, with zero {zero:.2f}")
+    print("on held-out episodes, error of the FDM's frame t+k over that of copying frame t:")
+    print(
+        f"  with the true z {figures['fdm_error']:.2f}, with zero {figures['fdm_error_zero']:.2f}"
+    )
+    print(f"  with the z of another moment {figures['fdm_error_shuffled']:.2f}")
     print(f"  effective rank of z: {figures['effective_rank']:.1f}")
     if "action_r2" in figures:
         print(f"  R2 from z to each number of the action: {figures['action_r2']}")
     if "gripper_f1" in figures:
         print(f"  F1 of the gripper's closing and opening: {figures['gripper_f1']:.2f}")
     if "transfer_r2" in figures:
-        print(
-            f"  R2 of {sets[-1].name}'s dx, dy, read as in {sets[0].name}: {figures['transfer_r2']}"
-        )
+        print(f"  R2 of dx, dy, from {sets[0].name} to {sets[-1].name}: {figures['transfer_r2']}")
 
 
 def main():
     args = get_args()
     device, rank, world = data.start(args.out, args.device)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     sets = data.open_sets(args.data)
     rows = [dataset.rows(dataset.split("train"), args.gap) for dataset in sets]
@@ -396,7 +367,6 @@ def main():
         model.compile()
     wrapped = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
-    batch = args.batch * world
     now, future = get_batch(model, sets, rows, 512, False, np.random.default_rng(0), device)
     copy_error = F.mse_loss(now, future).item()  # the unit of the loss: 1 is copying frame t
     seen, begin = [], time.time()
@@ -406,7 +376,7 @@ def main():
         share = 0.525 + 0.475 * math.cos(math.pi * step / args.steps)  # a cosine to a twentieth
         for group in optimizer.param_groups:
             group["lr"] = args.lr * share * min(1, (step + 1) / 100)  # after a warm-up
-        now, future = get_batch(model, sets, rows, batch, args.reverse, rng, device)
+        now, future = get_batch(model, sets, rows, args.batch * world, args.reverse, rng, device)
         now, future = now[rank::world], future[rank::world]
         with torch.autocast(device.type, torch.bfloat16, args.bf16):
             loss = F.mse_loss(wrapped(now, future, args.warp), future) / copy_error
