@@ -32,7 +32,7 @@ from lam import draw_strip, load_lam, ridge
 
 
 def get_args():
-    parser = data.make_parser(__doc__, steps=400)
+    parser = data.make_parser(__doc__, steps=600)
     add = parser.add_argument_group("H-Net").add_argument
     add("--chunk", type=number(float, 1.5), nargs="+", default=[15.0, 3.0], help="N of each stage")
     add("--least", type=COUNT, default=5, help="shortest chunk of stage 1 in frames; H-Net: 1")

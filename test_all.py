@@ -243,6 +243,26 @@ def test_hnet_is_blind_to_padding(stages, gap, rows, length):
         assert torch.equal(a[rows][mask[rows]], b[other_mask]) and not b[~other_mask].any()
 
 
+def test_reconstruction_compares_the_frame_drawn_with_the_predicted_latent(dataset):
+    model = lam.LAM(LAM, 16)
+    rows = np.arange(6, 12)[None]
+    z = noise(1, 6, 4).requires_grad_()
+    scale = [(torch.full((4,), 0.5), 2.0)]
+    model.fdm.forward = lambda now, code: now + code.mean(1)[:, None, None, None]
+
+    loss = skills.reconstruction(
+        model, z, masked([3], 6), rows, np.zeros(1, int), [dataset], scale, np.random.default_rng(0)
+    )
+
+    true = model.frames(dataset, rows[0, 1:3] + 4, "cpu")
+    now = model.frames(dataset, rows[0, 1:3], "cpu")
+    drawn = now + (2 * z[0, :2] + 0.5).mean(1)[:, None, None, None]
+    expected = (drawn - true).square().sum() / (now - true).square().sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    loss.backward()
+    assert z.grad[0, :2].abs().min() > 0 and z.grad[0, 2:].abs().max() == 0
+
+
 @HNETS
 def test_skills_at_frame_rate_equal_the_loop(stages, gap):
     model = randomised(skills.HNet(5, 16, stages, 1, 3, gap))
