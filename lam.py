@@ -368,11 +368,11 @@ def main():
     wrapped = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
     now, future = get_batch(model, sets, rows, 512, False, np.random.default_rng(0), device)
-    copy_error = F.mse_loss(now, future).item()  # the unit of the loss: 1 is copying frame t
+    copy_error = max(F.mse_loss(now, future).item(), 1e-8)  # unit of the loss: copying frame t
     seen, begin = [], time.time()
     for step in tqdm(range(first, args.steps), "lam", disable=rank > 0 or None):
-        rng = np.random.default_rng([args.seed, step])  # chance hangs on seed and step alone, so
-        torch.manual_seed(args.seed * 1_000_003 + step)  # a resumed run repeats itself exactly
+        rng = np.random.default_rng([args.seed, step])  # chance hangs on seed and step alone, so a
+        torch.manual_seed(args.seed * 1_000_003 + step + 999_983 * rank)  # resumed run is the same
         share = 0.525 + 0.475 * math.cos(math.pi * step / args.steps)  # a cosine to a twentieth
         for group in optimizer.param_groups:
             group["lr"] = args.lr * share * min(1, (step + 1) / 100)  # after a warm-up

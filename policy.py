@@ -227,13 +227,13 @@ class Agent(nn.Module):
             self.register_buffer(f"{name}_scale", torch.ones(shape[name]))
 
     def predict_skill(self, images, tokens):
-        """The standardised skill (B, D) for these images and sentences; None when flat."""
+        """pi_h(o_t, text): the standardised skill zbar (B, D) of these images; None when flat."""
         if self.high is None:
             return None
         return self.high(images[:, : self.shape["high_cameras"]], self.high_text(tokens))[:, 0]
 
     def predict(self, images, tokens, proprio, skill):
-        """A chunk of normalised targets, (B, chunk, target)."""
+        """pi_l(o_t, skill): a chunk of normalised actions or latents, (B, chunk, target)."""
         text = self.low_text(tokens) if self.low_text else None
         if proprio is not None:
             proprio = (proprio - self.proprio_mean) / self.proprio_scale
@@ -272,7 +272,7 @@ class Labels:
     frames of an episode have none."""
 
     def __init__(self, dataset, episodes, target, skill=None, gap=0, cameras=1, t5=None):
-        self.dataset, self.cameras = dataset, cameras
+        self.dataset, self.cameras, self.proprio = dataset, cameras, dataset.proprio
         self.target, self.skill = target, skill
         self.rows = dataset.rows(episodes, gap)
         self.episode = np.repeat(np.arange(len(dataset.start)), dataset.length)  # of each row
@@ -282,10 +282,9 @@ class Labels:
     def batch(self, rows, chunk):
         """The arguments of Agent.forward for these rows, on the CPU."""
         after = rows[:, None] + np.arange(chunk)  # (B, chunk)
-        proprio = self.dataset.proprio
         batch = {"images": self.dataset.images(rows, self.cameras, "cpu")}
         batch["tokens"] = self.tokens[self.episode[rows]]
-        batch["proprio"] = None if proprio is None else torch.from_numpy(proprio[rows])
+        batch["proprio"] = None if self.proprio is None else torch.from_numpy(self.proprio[rows])
         batch["target"] = torch.from_numpy(self.target[np.minimum(after, len(self.target) - 1)])
         batch["mask"] = torch.from_numpy(after < self.end[rows][:, None])
         batch["true_skill"] = None if self.skill is None else torch.from_numpy(self.skill[rows])
@@ -389,6 +388,7 @@ def prepare_pretraining(args, sets):
         zbar = load_stage(d, args.out, skill, args.control) if skill else None
         episodes = d.split("train")
         labels.append(Labels(d, episodes, z, zbar, gap, shape["high_cameras"], args.text))
+        labels[-1].proprio = None  # people's video has none
     shape |= {"skill": zbar.shape[1] if skill else 0, "target": z.shape[1]}
     agent = Agent(shape, vars(args))
     standardise(labels, "target")
