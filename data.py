@@ -460,7 +460,7 @@ def pack_toy(out, hand=880, demos=55, size=32, seed=0):
 
 # ------------------------------------------------------------------------------------- importers
 def resize(frames, size):
-    """(T, H, W, 3) uint8 -> (T, size, size, 3), anti-aliased."""
+    """Frames, an array (T, H, W, 3) uint8 or a generator -> (T, size, size, 3), anti-aliased."""
     return np.stack([Image.fromarray(f).resize((size, size), Image.LANCZOS) for f in frames])
 
 
@@ -526,12 +526,12 @@ def video_episodes(files, labels, args):
             if path.is_dir():
                 found = sorted(path.iterdir(), key=natural)
                 kept = [f for f in found if f.suffix.lower() in IMAGES][:: args.stride]
-                frames = [np.asarray(Image.open(image).convert("RGB")) for image in kept]
+                images = (np.asarray(Image.open(image).convert("RGB")) for image in kept)
+                frames = resize(images, args.size)
             else:
                 with av.open(str(path)) as video:
                     kept = islice(video.decode(video=0), 0, None, args.stride)
-                    frames = [frame.to_ndarray(format="rgb24") for frame in kept]
-            frames = resize(np.stack(frames), args.size)
+                    frames = resize((f.to_ndarray(format="rgb24") for f in kept), args.size)
         except (OSError, ValueError, IndexError) as error:  # PyAV's are OSErrors and ValueErrors
             fail(f"{path}: unreadable video ({error})")
         split = "val" if args.val and i % round(1 / args.val) == 0 else "train"

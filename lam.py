@@ -39,7 +39,7 @@ def get_args():
     parser = data.make_parser(__doc__, steps=1000)
     add = parser.add_argument_group("latent action").add_argument
     add("--gap", type=COUNT, default=1, help="k: frames from I_t to I_{t+k}; UniSkill: 20-40")
-    add("--latent", type=number(int, 3), default=8, help="numbers of a latent; UniSkill: 64")
+    add("--latent", type=number(int, 4), default=8, help="numbers of a latent; UniSkill: 64")
     add("--odd", action="store_true", help="half of z changes sign when time runs backwards")
     add("--wrist", action="store_true", help="see and draw the wrist camera too")
     add = parser.add_argument_group("model and training").add_argument

@@ -61,7 +61,7 @@ def get_args():
     add = parser.add_argument_group("experiment").add_argument
     add("--variant", choices=VARIANTS, default="hilam", help="a row of the paper's Table 1")
     add("--demos", type=amount, default=0.1, help="labelled demonstrations a task: 5, or share 0.1")
-    add("--tasks", type=number(int, 0), nargs="+", help="numbers of the labelled tasks, if not all")
+    add("--tasks", type=number(int, 0), nargs="+", help="the labelled tasks' numbers by name")
     add("--pretrain-steps", type=COUNT, default=2500, help="--steps counts fine-tuning")
     add("--video", nargs="+", help="names of the sets to pretrain on, if not all of --data")
     add("--control", choices=["shuffled", "constant", "uniform"], help="skills spoiled in this way")
@@ -303,8 +303,8 @@ def get_batch(labels, count, chunk, rng, device):
 
 
 def augment(images, amount):
-    """Images (B, cameras, 3, S, S) warped, shifted by up to a 64th of their side, contrast and
-    brightness changed by a fifth."""
+    """Images (B, cameras, 3, S, S) warped, shifted by up to a 64th of their side, contrast
+    changed by up to a fifth, brightness by up to a tenth."""
     x = images.flatten(0, 1)  # (B cameras, 3, S, S)
     if amount:
         x = warp(x, x, amount)[0]
@@ -357,7 +357,11 @@ def labelled_episodes(dataset, demos, tasks):
 
 
 def data_shape(sets):
-    """The part of Agent's shape that the packed sets decide."""
+    """The part of Agent's shape that the sets decide; exits with nothing to fine-tune on."""
+    if all(d.actions is None for d in sets):
+        fail("none of the packed sets has actions: nothing to fine-tune on")
+    if any(d.proprio is None for d in sets if d.actions is not None):
+        fail("a packed set with actions needs proprio too")
     size = sets[0].frames.shape[1]
     cameras = 1 + any(d.wrist is not None for d in sets)
     proprio = max(1 if d.proprio is None else d.proprio.shape[1] for d in sets)
@@ -404,8 +408,6 @@ def prepare_finetuning(args, sets, pretrained):
     for d in [d for d in sets if d.actions is not None]:
         episodes = labelled_episodes(d, args.demos, args.tasks)
         labels.append(Labels(d, episodes, d.actions, None, 0, shape["cameras"], args.text))
-    if not labels:
-        fail("none of the packed sets has actions: nothing to fine-tune on")
     proprio = np.concatenate([part.dataset.proprio[part.rows] for part in labels])
     actions = np.concatenate([part.target[part.rows] for part in labels])
     mean = (actions.min(0) + actions.max(0)) / 2
@@ -475,7 +477,7 @@ def report(args, name, agent, sets):
 def run_name(args, phase):
     """The name of a phase's files. Several fine-tunings share a pretraining."""
     skill, action = VARIANTS[args.variant]
-    parts = [*sorted(args.video or []), args.control]
+    parts = [*sorted(args.video or []), args.control, "lowtext" if args.low_text else None]
     if phase == "pretrain":
         parts = ["policy_pretrain", f"z{skill}" if skill else "flat", f"z{action}", *parts]
     else:
@@ -499,7 +501,7 @@ def main():
             for key in ("variant", "demos", "tasks", "steps", "finetune_lr"):
                 del settings[key]  # they do not matter to pretraining
         else:
-            steps, peak = args.steps, args.finetune_lr if agent else args.lr
+            steps, peak = args.steps, (args.finetune_lr if agent else args.lr)
             agent, labels = prepare_finetuning(args, sets, agent)
         sample = get_batch(labels, 256, args.chunk, np.random.default_rng(0), "cpu")
         begin_with = [*sample.values(), *agent.state_dict().values()]

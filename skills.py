@@ -5,8 +5,7 @@ A stage reads vectors, decides where one piece ends and the next begins, and han
 of each piece to the stage above; what comes back is spread over the frames again and predicts the
 next latent action (HiLAM, arXiv 2603.05815, section 3.2; H-Net, arXiv 2507.07955).
 
-    python skills.py                              # toy world, a minute on a laptop
-    python skills.py --data data/libero_10 --out out/libero_10 --chunk 20 3
+    python skills.py                      # toy world, a minute and a half; LIBERO: --chunk 20 3
 
 Expect on the toy world: F1 of stage 1's boundaries with grasps and releases above 0.9, of a uniform
 cut 0.25. Writes to OUT skills.pt, .json, .png, the log, and for each set boundaries.SET.npy (T,
@@ -62,19 +61,20 @@ def ste(c):
 def route(q, k, mask, least=1, apart=1):
     """Boundary probability p_t and boundaries b_t, (B, L), of q, k (B, L, D) (H-Net, eq. 4).
     No chunk is shorter than least; where adjacent vectors overlap, k_t meets q_{t-apart}."""
-    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-    before = torch.cat([q[:, :1].expand(-1, apart, -1), q[:, 1:-apart]], dim=1)[:, : q.shape[1] - 1]
-    cosine = (before * k[:, 1:]).sum(-1)  # cos(q_{t-1}, k_t)
+    t = (torch.arange(1, q.shape[1], device=q.device) - apart).clamp_min(0)
+    before, now = q[:, t], k[:, 1:]
+    norms = torch.linalg.vecdot(before, before) * torch.linalg.vecdot(now, now)
+    cosine = torch.linalg.vecdot(before, now) * norms.clamp_min(1e-16).rsqrt()  # cos(q_{t-1}, k_t)
     p = F.pad((1 - cosine) / 2, (1, 0), value=1.0)  # p_1 = 1
     boundary = (p >= 0.5) & mask
-    least = max(least, apart)
-    for t in range(1, p.shape[1] if least > 1 else 0):
-        boundary[:, t] &= ~boundary[:, max(0, t - least + 1) : t].any(1)
+    for t in range(1, p.shape[1] if max(least, apart) > 1 else 0):
+        boundary[:, t] &= ~boundary[:, max(0, t + 1 - max(least, apart)) : t].any(1)
     return p, boundary
 
 
 def chunk(h, boundary):
-    """Chunk: keep the vectors at boundaries, (B, M, D); which are real, where they were, (B, M)."""
+    """Chunk: keep the vectors at boundaries, (B, M, D); which are real, where they were, (B, M).
+    Sorted stably, 0 before 1, the places of boundaries come first and in order."""
     count = boundary.sum(1)
     position = (~boundary).int().argsort(dim=1, stable=True)[:, : int(count.max())]
     mask = torch.arange(position.shape[1], device=h.device) < count[:, None]
@@ -87,12 +87,14 @@ def dechunk(x, p, boundary, position):
     recurrence is a product with W_mn = p_n (1 - p_{n+1}) ... (1 - p_m), made in log space."""
     kept = p.gather(1, position).clamp(1e-4, 1 - 1e-4)  # p_m (B, M)
     log = torch.log1p(-kept).cumsum(1)
-    weights = (log[:, :, None] - log[:, None, :]).tril().exp().tril() * kept[:, None, :]
+    ratio = (log[:, :, None] - log[:, None, :]).tril().exp()  # tril: nothing above it overflows
+    weights = ratio.tril() * kept[:, None, :]  # W
     y = weights @ x  # (B, M, D)
     which = (boundary.long().cumsum(1) - 1).clamp_min(0)  # (B, L) the chunk of each position
     first_row = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
     spread = F.embedding(which + first_row, y.flatten(0, 1))
-    return spread * ste(torch.where(boundary, p, 1 - p))[..., None]  # ste(c_t)
+    c = torch.where(boundary, p, 1 - p)  # c_t, how sure the router is of b_t
+    return spread * ste(c)[..., None]
 
 
 def ratio_loss(boundary, p, mask, n):
@@ -187,7 +189,9 @@ def frame_rate(routings):
     """All stages at frame rate: lists of boundaries (B, L) and the encoder's vectors (B, L, D)."""
     boundaries, vectors = [torch.ones_like(routings[0].boundary)], []  # below: every frame
     for routing in routings:
-        index = (boundaries[-1].long().cumsum(1) - 1).clamp_min(0)
+        index = (boundaries[-1].long().cumsum(1) - 1).clamp_min(
+            0
+        )  # a frame's position in the stage
         vectors.append(torch.take_along_dim(routing.vectors, index[..., None], dim=1))
         boundaries.append(boundaries[-1] & routing.boundary.gather(1, index))
     return boundaries[1:], vectors
@@ -195,7 +199,8 @@ def frame_rate(routings):
 
 def sum_ahead(values, boundary):
     """The sums of values (T, D) from each frame to its segment's end, and of how many, (T, 1)."""
-    ends = np.append(np.flatnonzero(boundary)[1:], len(boundary))[np.cumsum(boundary) - 1]
+    segment = np.cumsum(boundary) - 1  # of each frame
+    ends = np.append(np.flatnonzero(boundary)[1:], len(boundary))[segment]
     total = np.pad(np.cumsum(values, 0, np.float64), ((1, 0), (0, 0)))  # row t: all before t
     return total[ends] - total[:-1], (ends - np.arange(len(ends)))[:, None]
 
@@ -204,7 +209,8 @@ def skill_vectors(vectors, boundary, rule):
     """The skill of every frame, (T, D), from vectors (T, D) and boundary (T,): the vector at its
     segment's first frame (first), or the mean from it to the segment's end (ahead)."""
     if rule == "first":
-        return vectors[np.flatnonzero(boundary)[np.cumsum(boundary) - 1]]  # zbar_t = z_{k_t}
+        k = np.cumsum(boundary) - 1  # k_t, counted from 0
+        return vectors[np.flatnonzero(boundary)[k]]  # zbar_t = z_{k_t}
     total, count = sum_ahead(vectors, boundary)
     return (total / count).astype(np.float32)
 
@@ -272,10 +278,10 @@ def segment(model, dataset, latents, gap, device):
         z = torch.from_numpy(latents[dataset.start[group][:, None] + np.minimum(t, known - 1)])
         prediction, routings = model(z.to(device), torch.from_numpy(t < known).to(device))
         marks, vectors = frame_rate(routings)
-        e, t = np.nonzero(np.arange(length.max()) < length)  # all frames of the group
-        last = np.minimum(t, known[e, 0] - 1)  # frames without a latent: in the last segment
+        e, frame = np.nonzero(np.arange(length.max()) < length)  # all frames of the group
+        last = np.minimum(frame, known[e, 0] - 1)  # frames without a latent: in the last segment
         arrays = [x.cpu().numpy()[e, last] for x in (torch.stack(marks, -1), prediction, *vectors)]
-        arrays[0] &= (t == last)[:, None]
+        arrays[0] &= (frame == last)[:, None]  # no boundary where there is no latent
         parts.append(arrays)
     boundaries, prediction, *vectors = (np.concatenate(x) for x in zip(*parts, strict=True))
     return boundaries, vectors, prediction
@@ -354,7 +360,7 @@ def report(args, model, sets, latents, gap, device):
         copy += np.abs(z[rows + 1] - z[rows]).sum()
     figures = {"latent_l1_over_copy": round(float(error / copy), 4), "stages": []}
     print(f"on held-out episodes, next latent: l1 error {error / copy:.2f} of copying the last one")
-    positions, unit = sum(map(len, val)), "frames"
+    positions = sum(map(len, val))
     for s, target in enumerate(args.chunk):
         marks = [b[:, s] for b in boundaries]
         even = [uniform_boundaries(b, d.start, d.length) for b, d in zip(marks, sets, strict=True)]
@@ -362,8 +368,8 @@ def report(args, model, sets, latents, gap, device):
         f1 = boundary_f1(sets, latents, marks, even, gap)
         row = {"rate": round(kept / positions, 4)} | f1
         scores = " · ".join(f"{key[3:]} {value:.2f}" for key, value in f1.items()) or "unknown"
-        text = f"stage {s + 1}: a boundary every {positions / kept:.1f} {unit} (target {target:g})"
-        print(f"  {text} · F1 with true changes: {scores}")
+        print(f"  stage {s + 1}: a boundary every {positions / kept:.1f} positions (N {target:g})")
+        print(f"    F1 with true changes: {scores}")
         for dataset, stages, found_at, uniform_at in zip(sets, vectors, marks, even, strict=True):
             for kind, cut in (("skills", found_at), ("uniform", uniform_at)):
                 skill = skill_vectors(stages[s], cut, args.skill)
@@ -373,7 +379,7 @@ def report(args, model, sets, latents, gap, device):
                     now, way = (" ".join(f"{x:.2f}" for x in r2) for r2 in says.values())
                     print(f"    {dataset.name} {kind:7} R2: action {now} · way to its end {way}")
         figures["stages"].append(row)
-        positions, unit = kept, f"pieces of stage {s + 1}"
+        positions = kept  # those of the next stage
     for dataset, b in zip(sets, boundaries, strict=True):
         write(Path(args.out, f"boundaries.{dataset.name}.npy"), b)
     write(Path(args.out, "skills.json"), figures)
@@ -399,13 +405,13 @@ def main():
     used = [dataset.rows(dataset.split("train"), k) for dataset in sets]
     latents, scale = zip(*map(standardise, raw, used), strict=True)
     episodes = [[e for e in d.split("train") if d.length[e] > k + 1] for d in sets]
-    model = HNet(raw[0].shape[1], args.width, len(args.chunk), args.layers, args.least, k).to(
-        device
-    )
-    groups = {args.slow[0]: [], args.slow[1]: [], 1.0: []}  # by their share of the learning rate
+    latent, stages = raw[0].shape[1], len(args.chunk)
+    model = HNet(latent, args.width, stages, args.layers, args.least, k).to(device)
+    near, encoders = args.slow  # shares of the learning rate, 1 for all else; k stays near z
+    groups = {near: [], encoders: [], 1.0: []}
     for name, parameter in model.named_parameters():
-        share = args.slow[0] if "embed" in name or ".k." in name else 1.0  # k: stay near z
-        groups[args.slow[1] if "encoder" in name else share].append(parameter)
+        share = near if "embed" in name or ".k." in name else 1.0
+        groups[encoders if "encoder" in name else share].append(parameter)
     groups = [{"params": parameters, "share": share} for share, parameters in groups.items()]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.01)
     settings = vars(args) | {"data": data.checksum(*raw)}

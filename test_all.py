@@ -243,23 +243,24 @@ def test_hnet_is_blind_to_padding(stages, gap, rows, length):
         assert torch.equal(a[rows][mask[rows]], b[other_mask]) and not b[~other_mask].any()
 
 
+def add_mean(now, z):  # in place of an FDM
+    return now + z.mean(1)[:, None, None, None]
+
+
 def test_reconstruction_compares_the_frame_drawn_with_the_predicted_latent(dataset):
     model = lam.LAM(LAM, 16)
     rows = np.arange(6, 12)[None]
-    z = noise(1, 6, 4).requires_grad_()
-    scale = [(torch.full((4,), 0.5), 2.0)]
-    model.fdm.forward = lambda now, code: now + code.mean(1)[:, None, None, None]
+    z, mask, scale = noise(1, 6, 4).requires_grad_(), masked([3], 6), [(torch.zeros(4) + 0.5, 2.0)]
+    model.fdm.forward = add_mean
+    rng, source = np.random.default_rng(0), np.zeros(1, int)
 
-    loss = skills.reconstruction(
-        model, z, masked([3], 6), rows, np.zeros(1, int), [dataset], scale, np.random.default_rng(0)
-    )
+    loss = skills.reconstruction(model, z, mask, rows, source, [dataset], scale, rng)
 
-    true = model.frames(dataset, rows[0, 1:3] + 4, "cpu")
-    now = model.frames(dataset, rows[0, 1:3], "cpu")
+    now, true = (model.frames(dataset, rows[0, 1:3] + gap, "cpu") for gap in (0, 4))
     drawn = now + (2 * z[0, :2] + 0.5).mean(1)[:, None, None, None]
     expected = (drawn - true).square().sum() / (now - true).square().sum()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     assert z.grad[0, :2].abs().min() > 0 and z.grad[0, 2:].abs().max() == 0
 
 
