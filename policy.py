@@ -61,8 +61,8 @@ def get_args():
     add = parser.add_argument_group("experiment").add_argument
     add("--variant", choices=VARIANTS, default="hilam", help="a row of the paper's Table 1")
     add("--demos", type=amount, default=0.1, help="labelled demonstrations a task: 5, or share 0.1")
-    add("--tasks", type=number(int, 0), nargs="+", help="the labelled tasks' numbers by name")
-    add("--pretrain-steps", type=COUNT, default=2500, help="--steps counts fine-tuning")
+    add("--tasks", type=number(int, 0), nargs="+", help="labelled tasks, numbered by name")
+    add("--pretrain-steps", type=COUNT, default=2500, help="besides --steps of fine-tuning")
     add("--video", nargs="+", help="names of the sets to pretrain on, if not all of --data")
     add("--control", choices=["shuffled", "constant", "uniform"], help="skills spoiled in this way")
     add("--low-text", action="store_true", help="tell pi_l the text as well as the skill")

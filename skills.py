@@ -1,9 +1,9 @@
 """
 Stage 2, skill discovery: H-Net dynamic chunking over the latent actions of stage 1.
 
-A stage reads vectors, decides where one piece ends and the next begins, and hands the first vector
-of each piece to the stage above; what comes back is spread over the frames again and predicts the
-next latent action (HiLAM, arXiv 2603.05815, section 3.2; H-Net, arXiv 2507.07955).
+A stage reads vectors, decides where a piece begins, and hands the first vector of each piece to the
+stage above; what comes back is spread over the frames and predicts the next latent action (HiLAM,
+arXiv 2603.05815, section 3.2; H-Net, arXiv 2507.07955).
 
     python skills.py                      # toy world, a minute and a half; LIBERO: --chunk 20 3
 
@@ -38,12 +38,10 @@ def get_args():
     add("--skill", choices=["ahead", "first"], default="ahead", help="mean ahead; HiLAM: first")
     add("--width", type=number(int, 8), default=64, help="of a vector")
     add("--layers", type=COUNT, default=4, help="blocks in an encoder, a decoder; twice at the top")
-    add = parser.add_argument_group("loss and optimizer").add_argument
     add("--rec", type=REAL, default=0.1, help="weight of L_rec; 0: off")
     add("--ratio", type=REAL, default=0.1, help="weight of L_ratio; H-Net: 0.03")
     add("--slow", type=SHARE, nargs=2, default=[0.03, 0.3], help="lr shares: embed, k; encoders")
     add("--batch", type=COUNT, default=16, help="episodes a step, equally of each set")
-    add("--window", type=number(int, 2), default=128, help="frames of an episode seen at a time")
     add("--lr", type=number(float, 1e-9), default=1e-3, help="peak learning rate of AdamW")
     return parser.parse_args()
 
@@ -73,8 +71,7 @@ def route(q, k, mask, least=1, apart=1):
 
 
 def chunk(h, boundary):
-    """Chunk: keep the vectors at boundaries, (B, M, D); which are real, where they were, (B, M).
-    Sorted stably, 0 before 1, the places of boundaries come first and in order."""
+    """Chunk: the vectors at boundaries in order (B, M, D); which are real and where (B, M)."""
     count = boundary.sum(1)
     position = (~boundary).int().argsort(dim=1, stable=True)[:, : int(count.max())]
     mask = torch.arange(position.shape[1], device=h.device) < count[:, None]
@@ -176,9 +173,8 @@ class HNet(nn.Module):
         self.norm = nn.RMSNorm(width)
         self.head = nn.Linear(width, latent)
         nn.init.orthogonal_(self.embed.weight)  # keeps the angles between latents
-        if self.overlap:
-            nn.init.zeros_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
+        for parameter in self.head.parameters() if self.overlap else []:
+            nn.init.zeros_(parameter)
 
     def forward(self, z, mask):
         y, routings = self.stage(self.embed(z), mask)
@@ -234,15 +230,15 @@ def load_latents(dataset, out):
     return z
 
 
-def get_batch(sets, latents, episodes, gap, args, rng):
+def get_batch(sets, latents, episodes, gap, args, rng, window=128):
     """Parts of random episodes: z (B, L, D), mask and rows in the packed sets (B, L), sets (B,)."""
     count = max(1, args.batch // len(sets))
     z, mask, rows = [], [], []
     for dataset, latent, choice in zip(sets, latents, episodes, strict=True):
         e = rng.choice(choice, count)
         length = (dataset.length[e] - gap)[:, None]
-        first = (rng.random(length.shape) * np.maximum(1, length - args.window + 1)).astype(int)
-        t = first + np.arange(args.window)  # (count, L)
+        first = (rng.random(length.shape) * np.maximum(1, length - window + 1)).astype(int)
+        t = first + np.arange(window)  # (count, L)
         rows.append(dataset.start[e][:, None] + np.minimum(t, length - 1))
         mask.append(torch.from_numpy(t < length))
         z.append(torch.from_numpy(latent[rows[-1]]))
@@ -359,17 +355,17 @@ def report(args, model, sets, latents, gap, device):
         error += np.abs(z[rows + 1] - prediction[rows]).sum()
         copy += np.abs(z[rows + 1] - z[rows]).sum()
     figures = {"latent_l1_over_copy": round(float(error / copy), 4), "stages": []}
-    print(f"on held-out episodes, next latent: l1 error {error / copy:.2f} of copying the last one")
+    print(f"held-out episodes: next latent's l1 error over copying the last: {error / copy:.2f}")
+    print(f"boundaries (N {args.chunk}), F1 with true changes; R2 of what a frame's skill tells:")
     positions = sum(map(len, val))
-    for s, target in enumerate(args.chunk):
+    for s in range(len(args.chunk)):
         marks = [b[:, s] for b in boundaries]
         even = [uniform_boundaries(b, d.start, d.length) for b, d in zip(marks, sets, strict=True)]
         kept = sum(int(b[rows].sum()) for b, rows in zip(marks, val, strict=True))
         f1 = boundary_f1(sets, latents, marks, even, gap)
         row = {"rate": round(kept / positions, 4)} | f1
         scores = " · ".join(f"{key[3:]} {value:.2f}" for key, value in f1.items()) or "unknown"
-        print(f"  stage {s + 1}: a boundary every {positions / kept:.1f} positions (N {target:g})")
-        print(f"    F1 with true changes: {scores}")
+        print(f"  stage {s + 1}: every {positions / kept:.1f} positions, F1 {scores}")
         for dataset, stages, found_at, uniform_at in zip(sets, vectors, marks, even, strict=True):
             for kind, cut in (("skills", found_at), ("uniform", uniform_at)):
                 skill = skill_vectors(stages[s], cut, args.skill)
@@ -401,17 +397,15 @@ def main():
     sets = data.open_sets(args.data)
     raw = [load_latents(dataset, args.out) for dataset in sets]
     lam = load_lam(args.out, sets[0], device).requires_grad_(False)  # frozen
-    k = lam.gap
-    used = [dataset.rows(dataset.split("train"), k) for dataset in sets]
+    used = [dataset.rows(dataset.split("train"), lam.gap) for dataset in sets]
     latents, scale = zip(*map(standardise, raw, used), strict=True)
-    episodes = [[e for e in d.split("train") if d.length[e] > k + 1] for d in sets]
-    latent, stages = raw[0].shape[1], len(args.chunk)
-    model = HNet(latent, args.width, stages, args.layers, args.least, k).to(device)
-    near, encoders = args.slow  # shares of the learning rate, 1 for all else; k stays near z
-    groups = {near: [], encoders: [], 1.0: []}
+    episodes = [[e for e in d.split("train") if d.length[e] > lam.gap + 1] for d in sets]
+    shape = raw[0].shape[1], args.width, len(args.chunk)
+    model = HNet(*shape, args.layers, args.least, lam.gap).to(device)
+    groups = {args.slow[0]: [], args.slow[1]: [], 1.0: []}  # shares of the rate; k stays near z
     for name, parameter in model.named_parameters():
-        share = near if "embed" in name or ".k." in name else 1.0
-        groups[encoders if "encoder" in name else share].append(parameter)
+        share = args.slow[0] if "embed" in name or ".k." in name else 1.0
+        groups[args.slow[1] if "encoder" in name else share].append(parameter)
     groups = [{"params": parameters, "share": share} for share, parameters in groups.items()]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.01)
     settings = vars(args) | {"data": data.checksum(*raw)}
@@ -424,7 +418,7 @@ def main():
         share = 0.525 + 0.475 * math.cos(math.pi * step / args.steps)  # a cosine to a twentieth
         for group in optimizer.param_groups:
             group["lr"] = group["share"] * args.lr * share * min(1, (step + 1) / 100)
-        z, mask, rows, source = get_batch(sets, latents, episodes, k, args, rng)
+        z, mask, rows, source = get_batch(sets, latents, episodes, lam.gap, args, rng)
         z, mask = z.to(device), mask.to(device)
         prediction, routings = model(z, mask)
         loss = (prediction[:, :-1] - z[:, 1:]).abs()[mask[:, 1:]].mean()  # L_latent, l1
@@ -449,7 +443,7 @@ def main():
             record |= {"steps": args.steps, "log": log, "model": model.state_dict()}
             write(path, record | {"optimizer": optimizer.state_dict()})
             seen = []
-    report(args, model, sets, latents, k, device)
+    report(args, model, sets, latents, lam.gap, device)
 
 
 if __name__ == "__main__":
