@@ -235,12 +235,18 @@ class Packed:
         if cameras > 1 and self.wrist is None:
             fail(f"{self.path} has no wrist camera")
         views = [view[rows] for view in (self.frames, self.wrist)[:cameras]]
-        pixels = torch.from_numpy(np.stack(views, 1)).to(device, non_blocking=True)
-        return pixels.permute(0, 1, 4, 2, 3).float() / 255
+        return to_images(views, device)
 
     def upright(self, frames):
         """Frames (..., S, S, 3) as a person wants to see them: LIBERO stores them upside down."""
         return frames[..., ::-1, :, :] if self.upside_down else frames
+
+
+def to_images(views, device):
+    """Frames (B, S, S, 3) uint8 of one or more cameras as networks see them: (B, cameras, 3, S, S)
+    in [0, 1]."""
+    pixels = torch.from_numpy(np.stack(views, 1)).to(device, non_blocking=True)
+    return pixels.permute(0, 1, 4, 2, 3).float() / 255
 
 
 def open_sets(paths):

@@ -127,7 +127,7 @@ def set_demonstration(env, path, number):
     import h5py
 
     with h5py.File(path) as file:
-        names = sorted(file["data"], key=lambda name: int(name.split("_")[1]))
+        names = sorted(file["data"], key=data.natural)
         if number >= len(names):
             raise ValueError(f"{path} holds {len(names)} demonstrations: --episodes {len(names)}")
         demo = file["data"][names[number]]

@@ -35,7 +35,7 @@ from tqdm import tqdm
 import data
 from data import COUNT, REAL, fail, natural, number, write
 from lam import ConvBlock, warp
-from skills import load_latents, stack
+from skills import load_rows, stack
 
 # Table 1 of the paper: stage of pi_h's skill, of pi_l's pretraining target (0: the latent action)
 VARIANTS = {
@@ -254,8 +254,7 @@ class Agent(nn.Module):
         """Frames and wrist (B, S, S, 3) uint8 or None, proprio (B, P), B sentences -> actions (B,
         chunk, A) and skill (B, D), None when flat, both in true units. All are numpy arrays."""
         device = self.target_mean.device
-        images = np.stack([frames, wrist][: self.shape["cameras"]], axis=1)
-        images = torch.from_numpy(images).to(device).permute(0, 1, 4, 2, 3).float() / 255
+        images = data.to_images([frames, wrist][: self.shape["cameras"]], device)
         tokens = torch.stack([tokenize(text, self.t5) for text in texts]).to(device)
         proprio = torch.from_numpy(proprio).float().to(device)
         skill = self.predict_skill(images, tokens)
@@ -323,12 +322,9 @@ def load_stage(dataset, out, stage, control=None):
     """A stage at frame rate, (T, D): 0 the latent actions, else skills. control: skills of random
     other segments (shuffled), zeros (constant), skills of a uniform cut (uniform)."""
     if stage == 0:
-        return load_latents(dataset, out)
+        return load_rows(dataset, out, "latents", "lam.py")
     kind = "uniform" if control == "uniform" else "skills"
-    path = Path(out, f"{kind}{stage}.{dataset.name}.npy")
-    vectors = np.load(path) if path.exists() else np.zeros((0, 1))
-    if len(vectors) != dataset.total or not np.isfinite(vectors).all():
-        fail(f"{path} is missing or of other data: run `python skills.py` with this --out first")
+    vectors = load_rows(dataset, out, f"{kind}{stage}", "skills.py")
     if control == "constant":
         return 0 * vectors
     if control == "shuffled":

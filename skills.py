@@ -185,9 +185,8 @@ def frame_rate(routings):
     """All stages at frame rate: lists of boundaries (B, L) and the encoder's vectors (B, L, D)."""
     boundaries, vectors = [torch.ones_like(routings[0].boundary)], []  # below: every frame
     for routing in routings:
-        index = (boundaries[-1].long().cumsum(1) - 1).clamp_min(
-            0
-        )  # a frame's position in the stage
+        # index: the position of this stage that each frame belongs to
+        index = (boundaries[-1].long().cumsum(1) - 1).clamp_min(0)
         vectors.append(torch.take_along_dim(routing.vectors, index[..., None], dim=1))
         boundaries.append(boundaries[-1] & routing.boundary.gather(1, index))
     return boundaries[1:], vectors
@@ -221,13 +220,13 @@ def uniform_boundaries(boundary, starts, lengths):
 
 
 # ------------------------------------------------------------------------------- data and losses
-def load_latents(dataset, out):
-    """The latents (T, D) that stage 1 wrote of a packed set."""
-    path = Path(out, f"latents.{dataset.name}.npy")
-    z = np.load(path) if path.exists() else np.zeros((0, 1))
-    if len(z) != dataset.total or not np.isfinite(z).all():
-        fail(f"{path} is missing or of other data: run `python lam.py` with the same --out first")
-    return z
+def load_rows(dataset, out, name, script):
+    """What a script wrote of a packed set, a row a frame, (T, D); exits where it does not fit."""
+    path = Path(out, f"{name}.{dataset.name}.npy")
+    rows = np.load(path) if path.exists() else np.zeros((0, 1))
+    if len(rows) != dataset.total or not np.isfinite(rows).all():
+        fail(f"{path} is missing or of other data: run `python {script}` with the same --out first")
+    return rows
 
 
 def get_batch(sets, latents, episodes, gap, args, rng, window=128):
@@ -395,7 +394,7 @@ def main():
         fail("skills.py runs in one process: start it without torchrun")
     torch.manual_seed(args.seed)
     sets = data.open_sets(args.data)
-    raw = [load_latents(dataset, args.out) for dataset in sets]
+    raw = [load_rows(dataset, args.out, "latents", "lam.py") for dataset in sets]
     lam = load_lam(args.out, sets[0], device).requires_grad_(False)  # frozen
     used = [dataset.rows(dataset.split("train"), lam.gap) for dataset in sets]
     latents, scale = zip(*map(standardise, raw, used), strict=True)
