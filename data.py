@@ -16,6 +16,7 @@ array of length T, so frame t, its latent, its skill and its action t are the sa
 
 import argparse
 import csv
+import io
 import json
 import math
 import os
@@ -25,17 +26,19 @@ import tempfile
 import textwrap
 import time
 import zlib
-from itertools import islice, permutations
+from concurrent.futures import ProcessPoolExecutor
+from itertools import permutations, repeat
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 TOY_SETS = ["data/toy/hand", "data/toy/robot"]
-VIDEOS, IMAGES = [".webm", ".mp4", ".gif"], [".jpg", ".jpeg", ".png"]
+VIDEOS = [".mp4", ".m4v", ".mov", ".mkv", ".avi", ".webm", ".gif", ".mpg"]
+IMAGES = [".png", ".jpg", ".jpeg", ".bmp", ".webp"]
 
 
 # ------------------------------------------------------------------------- command line and start
@@ -111,26 +114,23 @@ def write(path, content):
         elif ending == ".png":
             content.savefig(file, format="png")
         else:
-            text = content if ending == ".csv" else json.dumps(content, indent=1)
+            text = content if isinstance(content, str) else json.dumps(content, indent=1)
             file.write(text.encode())
     os.replace(f"{path}.tmp", path)
 
 
-def log_row(seen, name, first, begin):
-    """The mean of the last steps' values (dicts with a key step), printed as the line of log."""
+def add_to_log(stem, log, seen, first, begin):
+    """Add the mean of the last steps' values, seen (dicts with a key step), to log, a list of such
+    rows; print it; write STEM_log.csv and its curves, STEM_log.png."""
     row = {key: float(np.mean([values[key] for values in seen])) for key in seen[0]}
     row["step"] = seen[-1]["step"]
-    text = "   ".join(f"{key} {value:.3f}" for key, value in row.items() if key != "step")
+    log.append(row)
+    names = [key for key in row if key != "step"]
+    text = "   ".join(f"{name} {row[name]:.3f}" for name in names)
     speed = (row["step"] - first) / (time.time() - begin)
-    tqdm.write(f"{name} step {row['step']:6d}   {text}   {speed:.1f} steps/s")
-    return row
-
-
-def write_log(stem, log):
-    """STEM_log.csv and its curves, STEM_log.png. log: a list of {"step": ..., name: value, ...}."""
-    lines = [",".join(log[0])] + [",".join(f"{x:.6g}" for x in row.values()) for row in log]
+    tqdm.write(f"{Path(stem).name} step {row['step']:6d}   {text}   {speed:.1f} steps/s")
+    lines = [",".join(row)] + [",".join(f"{x:.6g}" for x in row.values()) for row in log]
     write(f"{stem}_log.csv", "\n".join(lines) + "\n")
-    names = [key for key in log[0] if key != "step"]
     figure = Figure((4 * len(names), 3.2), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         axis.plot([row["step"] for row in log], [row[name] for row in log])
@@ -261,9 +261,10 @@ def open_sets(paths):
     return sets
 
 
-def pack(out, episodes, total=None, upside_down=False, phases=()):
+def pack(out, episodes, total=None, upside_down=False, phases=(), skipped=()):
     """Write a packed dataset; exits when arrays do not fit each other, or hold NaN. episodes yields
-    (text, task, split, {name: array over its frames}); phases are the names of truth_phase."""
+    (text, task, split, {name: array over its frames}); phases are the names of truth_phase; what
+    was skipped is listed in OUT/skipped.txt."""
     out = Path(out)
     if out.exists():
         fail(f"{out} exists already: delete it or choose another --out")
@@ -283,11 +284,17 @@ def pack(out, episodes, total=None, upside_down=False, phases=()):
                 with open(whole / f"{key}.bin", "ab") as file:
                     file.write(value.tobytes())
             records.append({"length": length, "text": text, "task": task, "split": split})
+        if not records:
+            fail(f"{out}: nothing could be read: {'; '.join(skipped)}")
+        if skipped:
+            write(whole / "skipped.txt", "\n".join(skipped) + "\n")
         info = {"arrays": arrays, "upside_down": upside_down, "phases": list(phases)}
         write(whole / "episodes.json", info | {"episodes": records})
         if not out.exists():  # else another process packed it meanwhile, and its set is used
             whole.rename(out)
     print(f"{out}: {len(records)} episodes, arrays {', '.join(arrays)}")
+    if skipped:
+        print(f"{len(skipped)} not read, or not to their end: see {out}/skipped.txt")
 
 
 # --------------------------------------------------------------------------------- the toy world
@@ -358,28 +365,37 @@ class ToyWorld:
         """Position and opening of the hand, (B, 3)."""
         return np.concatenate([self.hand, self.opening[:, None]], 1).astype(np.float32)
 
+    def state(self, rows=slice(None)):
+        """What draw_toy draws of these tables: hand, opening, objects, held."""
+        return [array[rows] for array in (self.hand, self.opening, self.objects, self.held)]
+
     def frames(self, rows):
-        """What the camera sees of these tables, (B, S, S, 3) uint8, painted back to front."""
-        x, y = self.hand[rows].T
-        gap = 0.10 + 0.08 * self.opening[rows]  # wide enough to be seen frame by frame at 32 x 32
-        table = np.array([186, 191, 199], np.float32)[:, None, None]
-        image = np.tile(table, (len(x), 1, self.size, self.size))  # (B, 3, S, S)
-        for i, colour in enumerate(TRAYS.values()):
-            paint(image, colour, *self.objects[rows, 4 + i].T, TRAY_HALF, TRAY_HALF)
-        for top in (False, True):  # the block in the hand lies above the others
-            for i, colour in enumerate(BLOCKS.values()):
-                seen = (self.held[rows] == i) == top
-                paint(image, colour, *self.objects[rows, i].T, BLOCK_HALF, BLOCK_HALF, seen)
-        if self.look == "robot":  # a plate and two fingers
-            paint(image, (204, 38, 179), x, y - 0.13, gap + 0.03, 0.04)
-            finger, tip = (115, 26, 107), y
-        else:  # a sleeve that comes from the table's edge, a palm, thumb and finger
-            paint(image, (92, 115, 82), x, (y + 1.3) / 2, 0.05, (1.0 - y) / 2)
-            paint(image, (245, 168, 128), x, y + 0.15, gap, 0.05)
-            finger, tip = (224, 140, 102), y + 0.03
-        paint(image, finger, x - gap, tip, 0.03, 0.095)
-        paint(image, finger, x + gap, tip, 0.03, 0.095)
-        return (image + 0.5).astype(np.uint8).transpose(0, 2, 3, 1)
+        """What the camera sees of these tables, (B, S, S, 3) uint8."""
+        return draw_toy(self.look, self.size, *self.state(rows))
+
+
+def draw_toy(look, size, hand, opening, objects, held):
+    """Draw B tables, painted back to front, (B, S, S, 3) uint8, from hand (B, 2), opening (B,),
+    objects (B, 6, 2) and held (B,)."""
+    x, y = hand.T
+    gap = 0.10 + 0.08 * opening  # wide enough to be seen frame by frame at 32 x 32
+    table = np.array([186, 191, 199], np.float32)[:, None, None]
+    image = np.tile(table, (len(x), 1, size, size))  # (B, 3, S, S)
+    for i, colour in enumerate(TRAYS.values()):
+        paint(image, colour, *objects[:, 4 + i].T, TRAY_HALF, TRAY_HALF)
+    for top in (False, True):  # the block in the hand lies above the others
+        for i, colour in enumerate(BLOCKS.values()):
+            paint(image, colour, *objects[:, i].T, BLOCK_HALF, BLOCK_HALF, (held == i) == top)
+    if look == "robot":  # a plate and two fingers
+        paint(image, (204, 38, 179), x, y - 0.13, gap + 0.03, 0.04)
+        finger, tip = (115, 26, 107), y
+    else:  # a sleeve that comes from the table's edge, a palm, thumb and finger
+        paint(image, (92, 115, 82), x, (y + 1.3) / 2, 0.05, (1.0 - y) / 2)
+        paint(image, (245, 168, 128), x, y + 0.15, gap, 0.05)
+        finger, tip = (224, 140, 102), y + 0.03
+    paint(image, finger, x - gap, tip, 0.03, 0.095)
+    paint(image, finger, x + gap, tip, 0.03, 0.095)
+    return (image + 0.5).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
 def paint(image, colour, x, y, width, height, seen=True):
@@ -394,56 +410,45 @@ def paint(image, colour, x, y, width, height, seen=True):
     image += mask[:, None].astype(np.float32) * (colour - image)
 
 
-def toy_demonstrate(look, goals, seed, size):
-    """Scripted demonstrations, all at once; yields (index, arrays) of those that succeed. Each has
-    its own speed, the heading wanders smoothly, and now and then the hand rests."""
-    n, rows = len(goals), np.arange(len(goals))
-    rng = np.random.default_rng([seed, n])
-    world = ToyWorld(goals, [[seed, i] for i in rows], look, size)
-    speed = rng.uniform(0.65, 1.0, (n, 1)) - (0.15 if look == "hand" else 0.0)
-    home = rng.uniform(0.2, 0.8, (n, 2))  # where the hand retreats to
-    left = rng.integers(3, 7, n)  # frames of the retreat that are left
-    part = np.zeros(n, int)  # four phases of the first block, four of the second, the retreat: 0..8
-    angle = np.zeros((n, 1))  # by how much the heading is off
-    rest = np.zeros(n, int)  # frames still to rest
-    velocity = np.zeros((n, 2))
-    film = []  # for each frame its arrays over all demonstrations
-    while (left > 0).any() and len(film) < 200:
-        phase = np.where(part == 8, 4, part % 4).astype(np.int8)
-        second = np.minimum(part // 4, 1)  # 0: the first block, 1: the second
-        block = world.objects[rows, world.goals[rows, 2 * second]]
-        tray = world.objects[rows, 4 + world.goals[rows, 2 * second + 1]]
-        slot = tray + np.where(second, 1, -1)[:, None] * [0.07, 0.0]  # room for two on a tray
-        target = np.where((phase == 2)[:, None], world.hand + slot - block, block)
-        away = np.where((phase == 4)[:, None], home, target) - world.hand
-        distance = np.linalg.norm(away, axis=1, keepdims=True) + 1e-9
+def toy_demonstrate(look, goal, seed, size):
+    """A scripted demonstration, {name: array over its frames}, or None when it fails. It has its
+    own speed, its heading wanders smoothly, and now and then the hand rests."""
+    world = ToyWorld([goal], [seed], look, size)
+    rng = np.random.default_rng([*seed, 1])
+    speed = rng.uniform(0.65, 1.0) - (0.15 if look == "hand" else 0.0)
+    home = rng.uniform(0.2, 0.8, 2)  # where the hand retreats to
+    pause = int(rng.integers(3, 7))  # frames that it stays there
+    angle, rest, velocity = 0.0, 0, np.zeros(2)  # by how much the heading is off; frames of rest
+    states, film = [], []
+    plan = [(block, phase) for block in (0, 1) for phase in range(4)] + [(1, 4)] * pause
+    while plan and len(film) < 200:
+        block, phase = plan[0]
+        hand, thing = world.hand[0], world.objects[0, goal[2 * block]]
+        slot = world.objects[0, 4 + goal[2 * block + 1]] + [0.14 * block - 0.07, 0]  # of the tray
+        away = [thing - hand, thing - hand, slot - thing, thing - hand, home - hand][phase]
+        distance = math.hypot(*away) + 1e-9
         moving = phase % 2 == 0
-        angle = 0.85 * angle + 0.12 * rng.standard_normal((n, 1))
-        tired = (rest == 0) & (rng.random(n) < 0.012) & moving
-        rest = np.where(tired, rng.integers(2, 5, n), np.maximum(rest - 1, 0))
-        turn = angle * np.minimum(1, distance / 0.15)
-        heading = (away * np.cos(turn) + away[:, ::-1] * [-1, 1] * np.sin(turn)) / distance
-        pace = np.minimum(speed, 0.7 * distance / MAX_STEP) * (rest == 0)[:, None]
-        velocity = moving[:, None] * (0.4 * velocity + 0.6 * pace * heading)
-        grip = np.where((phase == 1) | (phase == 2), 1, -1)[:, None]
-        actions = np.concatenate([velocity, grip], 1).astype(np.float32)
-        alive = np.flatnonzero(left > 0)
-        parts = np.array_split(alive, 1 + len(alive) // 256)  # small enough for a cache
-        frames = [frame for part in parts for frame in world.frames(part)]
-        now = {"frames": dict(zip(alive, frames, strict=True))}
-        now |= {"proprio": world.proprio(), "actions": actions, "truth_phase": phase}
-        world.step(actions)
-        now["truth_motion"] = world.proprio() - now["proprio"]
-        film.append(now)
-        there = moving & (distance[:, 0] < 0.05)
-        shut = (phase == 1) & (world.opening < 0.01)
-        opened = (phase == 3) & (world.opening > 0.99)
-        part = part + ((there & (part < 8)) | shut | opened)
-        velocity = velocity * ~there[:, None]
-        left = left - (phase == 4)
-    for i in np.flatnonzero(world.success() & (left <= 0)):
-        mine = [now for now in film if i in now["frames"]]
-        yield i, {key: np.stack([now[key][i] for now in mine]) for key in film[0]}
+        angle = 0.85 * angle + 0.12 * rng.standard_normal()
+        tired = moving and rest == 0 and rng.random() < 0.012
+        rest = int(rng.integers(2, 5)) if tired else max(rest - 1, 0)
+        turn = angle * min(1, distance / 0.15)
+        rotation = [[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]]
+        pace = 0 if rest else min(speed, 0.7 * distance / MAX_STEP)
+        velocity = moving * (0.4 * velocity + 0.6 * pace * (rotation @ away) / distance)
+        action = np.array([*velocity, 1 if phase in (1, 2) else -1], np.float32)
+        proprio = world.proprio()[0]
+        states.append([array.copy() for array in world.state()])
+        world.step(action[None])
+        film.append((proprio, action, np.int8(phase), world.proprio()[0] - proprio))
+        shut, opened = world.opening[0] < 0.01, world.opening[0] > 0.99
+        if [distance < 0.05, shut, distance < 0.05, opened, True][phase]:
+            plan.pop(0)
+            velocity = velocity * (phase == 4)
+    names = ["proprio", "actions", "truth_phase", "truth_motion"]
+    arrays = dict(zip(names, map(np.stack, zip(*film, strict=True)), strict=True))
+    states = map(np.concatenate, zip(*states, strict=True))
+    arrays = {"frames": draw_toy(look, size, *states)} | arrays
+    return None if plan or not world.success()[0] else arrays
 
 
 def pack_toy(out, hand=880, demos=55, size=32, seed=0):
@@ -453,11 +458,13 @@ def pack_toy(out, hand=880, demos=55, size=32, seed=0):
     mixed = [TASKS[i // 2 % 10] if i % 2 else others[i // 2 % 38] for i in range(hand)]
 
     def episodes(look, goals):
-        for i, arrays in toy_demonstrate(look, goals, 2 * seed + (look == "robot"), size):
-            if look == "hand":
+        for i, goal in enumerate(goals):
+            arrays = toy_demonstrate(look, goal, [2 * seed + (look == "robot"), i], size)
+            if arrays and look == "hand":
                 del arrays["proprio"], arrays["actions"]
-            split = "val" if i >= len(goals) * 10 // 11 else "train"
-            yield toy_text(goals[i]), str(GOALS.index(goals[i])), split, arrays
+            if arrays:
+                split = "val" if i >= len(goals) * 10 // 11 else "train"
+                yield toy_text(goal), str(GOALS.index(goal)), split, arrays
 
     for look, goals in (("hand", mixed), ("robot", TASKS * demos)):
         if not Path(out, look).exists():
@@ -465,23 +472,27 @@ def pack_toy(out, hand=880, demos=55, size=32, seed=0):
 
 
 # ------------------------------------------------------------------------------------- importers
-def resize(frames, size):
-    """Frames, an array (T, H, W, 3) uint8 or a generator -> (T, size, size, 3), anti-aliased."""
-    return np.stack([Image.fromarray(f).resize((size, size), Image.LANCZOS) for f in frames])
-
-
 def natural(name):
     """A sorting key by which demo_10 comes after demo_9."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(name))]
 
 
-def libero_episodes(files, phases, args):
+def resize(images, size, fit="crop"):
+    """PIL images or uint8 arrays (H, W, 3) -> (T, size, size, 3) uint8, anti-aliased; of one that
+    is not square the middle is kept (crop), or all of it, squeezed (squash)."""
+    shrink = ImageOps.fit if fit == "crop" else Image.Image.resize
+    images = (x if isinstance(x, Image.Image) else Image.fromarray(x) for x in images)
+    return np.stack([shrink(x.convert("RGB"), (size, size), Image.LANCZOS) for x in images])
+
+
+def libero_episodes(files, phases, skipped, args):
     """Episodes of LIBERO's HDF5, one file a task, its demonstrations in the order of their numbers.
     phases: a list, filled with the names of truth_phase, which scripted demonstrations have.
     There obs[j] was seen AFTER actions[j], so the action to learn from obs[j] is actions[j + 1]."""
     import h5py
 
     for path in files:
+        demo = ""
         try:
             with h5py.File(path, "r") as file:
                 problem = json.loads(file["data"].attrs["problem_info"])
@@ -490,11 +501,17 @@ def libero_episodes(files, phases, args):
                 names = json.loads(file["data"].attrs.get("phase_names", "[]"))
                 names = [re.split("[:_]", name)[-1] for name in names]  # "2:knob_turn": a turn
                 phases += [name for name in dict.fromkeys(names) if name not in phases]
-                for i, demo in enumerate(demos):
+                if not (demos and text.strip()):
+                    skipped.append(f"{path.name}: no demonstrations, or no sentence")
+                for i, demo in enumerate(demos if text.strip() else []):
                     obs = file["data"][demo]["obs"]
-                    arrays = {"frames": resize(obs["agentview_rgb"][:-1], args.size)}
-                    arrays["wrist"] = resize(obs["eye_in_hand_rgb"][:-1], args.size)
                     actions = file["data"][demo]["actions"][1:].astype(np.float32)
+                    if len(actions) < 2:
+                        skipped.append(f"{path.name} {demo}: {len(actions) + 1} steps")
+                        continue
+                    arrays = {"frames": resize(obs["agentview_rgb"][:-1], args.size)}
+                    if "eye_in_hand_rgb" in obs:
+                        arrays["wrist"] = resize(obs["eye_in_hand_rgb"][:-1], args.size)
                     arrays["truth_actions"] = actions
                     if not args.no_actions:
                         body = [obs["joint_states"][:-1], obs["gripper_states"][:-1]]
@@ -506,42 +523,93 @@ def libero_episodes(files, phases, args):
                     split = "val" if i >= len(demos) - round(args.val * len(demos)) else "train"
                     yield text, path.name.removesuffix("_demo.hdf5"), split, arrays
         except (OSError, KeyError, ValueError, TypeError) as error:
-            fail(f"{path}: truncated, or not in LIBERO's format ({error})")
+            fail(f"{path} {demo}: truncated, or not in LIBERO's format ({error})")
 
 
-def read_labels(path):
-    """{video name: caption} of JSON or CSV with columns id (or file) and label (or text)."""
+def clip_name(path):
+    """A clip's path without a video's ending: by it captions are found."""
+    path = Path(path)
+    return str(path.with_suffix("") if path.suffix.lower() in VIDEOS else path)
+
+
+def read_captions(path, names):
+    """The caption of each of these clips, "" where path (a CSV with columns id or file, and label
+    or text; a JSON list of such rows, or an object) has none; exits when it has none at all."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        separator = ";" if ";" in text.split("\n")[0] else ","
-        table = csv.DictReader(text.splitlines(), delimiter=separator)
-        rows = json.loads(text) if path.endswith(".json") else list(table)
-        names = [Path(str(row["file"] if "file" in row else row["id"])).stem for row in rows]
-        captions = [row["text"] if "text" in row else row["label"] for row in rows]
-        return dict(zip(names, captions, strict=True))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"{path}: no label file with columns id and label ({type(error).__name__})")
+        if path.endswith(".json"):
+            rows = json.loads(text)
+        else:
+            header = text.split("\n")[0]
+            separator = max(",;\t", key=header.count)
+            rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
+        if isinstance(rows, list):
+            rows = {row.get("file") or row["id"]: row.get("text") or row["label"] for row in rows}
+        found = {clip_name(str(key)): str(caption) for key, caption in rows.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(f"{path}: no captions with columns id and label ({type(error).__name__} {error})")
+    captions = [found.get(name, found.get(Path(name).name, "")) for name in names]
+    known = sum(map(bool, captions))
+    if not known:
+        fail(f"{path} has captions of {str(list(found)[:1])}, but the first clip is {names[0]!r}")
+    print(f"captions for {known} of {len(names)} videos")
+    return captions
 
 
-def video_episodes(files, labels, args):
-    """Episodes of video files, or of folders of images in natural order; every stride-th frame."""
+def video_images(video, fps):
+    """The images of an open video, upright; with fps so many a second: for each moment the first
+    image at or after it, by the video's own time stamps."""
+    shown, begin = 0, None
+    for frame in video.decode(video=0):
+        begin = frame.time if begin is None else begin
+        due = int((frame.time - begin) * fps + 1e-6) + 1 if fps else shown + 1
+        for _ in range(shown, due):
+            yield frame.to_image().rotate(frame.rotation, expand=True)
+        shown = due
+    if begin is not None and (video.duration or 0) / 1e6 > frame.time - begin + 1:
+        raise ValueError(f"its header promises {video.duration / 1e6:.1f} seconds")
+
+
+def read_clip(path, args):
+    """A list of the frames (size, size, 3) of a video, as far as it can be read, or of a folder of
+    images in natural order; what is wrong with it, or ""; its frames a second, or None."""
     import av
 
-    for i, path in enumerate(files):
-        try:
-            if path.is_dir():
-                found = sorted(path.iterdir(), key=natural)
-                kept = [f for f in found if f.suffix.lower() in IMAGES][:: args.stride]
-                images = (np.asarray(Image.open(image).convert("RGB")) for image in kept)
-                frames = resize(images, args.size)
-            else:
-                with av.open(str(path)) as video:
-                    kept = islice(video.decode(video=0), 0, None, args.stride)
-                    frames = resize((f.to_ndarray(format="rgb24") for f in kept), args.size)
-        except (OSError, ValueError, IndexError) as error:  # PyAV's are OSErrors and ValueErrors
-            fail(f"{path}: unreadable video ({error})")
-        split = "val" if args.val and i % round(1 / args.val) == 0 else "train"
-        yield labels.get(path.stem, ""), path.stem, split, {"frames": frames}
+    frames, problem, rate = [], "", None
+    try:
+        if path.is_dir():
+            files = sorted(path.iterdir(), key=natural)
+            images = (Image.open(file) for file in files if file.suffix.lower() in IMAGES)
+        else:
+            video = av.open(str(path))
+            rate = round(video.streams.video[0].average_rate or 0)
+            images = video_images(video, args.fps)
+        for image in images:
+            frames.append(resize([ImageOps.exif_transpose(image)], args.size, args.fit)[0])
+    except (av.FFmpegError, OSError, ValueError, IndexError, SyntaxError) as error:
+        problem = f"unreadable after {len(frames)} frames ({error})"
+    if len(frames) < 2 and not problem:
+        problem = "fewer than two frames"
+    return frames, problem, rate
+
+
+def video_episodes(files, names, captions, skipped, args):
+    """Episodes of video files, or of folders of images; those that cannot be read are skipped."""
+    rates = set()
+    with ProcessPoolExecutor(args.workers) as pool:
+        for begin in range(0, len(files), 16):  # a few at a time, so that memory stays flat
+            clips = pool.map(read_clip, files[begin : begin + 16], repeat(args))
+            for i, (frames, problem, rate) in enumerate(clips, begin):
+                rates.add(rate)
+                if problem:
+                    skipped.append(f"{names[i]}: {problem}")
+                if len(frames) > 1:
+                    split = "val" if args.val and i % round(1 / args.val) == 0 else "train"
+                    yield captions[i], names[i], split, {"frames": np.stack(frames)}
+    rates.discard(None)
+    if len(rates) > 1 and not args.fps:
+        print(f"{sorted(rates)} frames a second are mixed, so a gap of k frames is not one time;")
+        print("--fps makes them alike")
 
 
 def main():
@@ -549,12 +617,14 @@ def main():
     add = parser.add_argument
     add("kind", choices=["toy", "libero", "video"], help="the toy world, LIBERO's HDF5, or videos")
     add("--out", required=True, help="folder to write; toy: makes OUT/hand and OUT/robot")
-    add("--src", help="folder of .hdf5 files (libero), of .webm .mp4 .gif or image folders (video)")
+    add("--src", help="folder of .hdf5 files (libero); of videos, image folders, to any depth")
     add("--size", type=number(int, 16), default=64, help="image side in pixels; toy: always 32")
     add("--demos", type=COUNT, help="libero: the first so many demonstrations of each task")
     add("--no-actions", action="store_true", help="libero: pack action-free video")
     add("--labels", help="video: captions, a CSV or JSON file")
-    add("--stride", type=COUNT, default=1, help="video: keep every n-th frame")
+    add("--fps", type=number(float, 0.1), help="video: frames a second; else as they are")
+    add("--fit", choices=["crop", "squash"], default="crop", help="video: the middle, or squeezed")
+    add("--workers", type=COUNT, default=os.cpu_count(), help="video: processes that decode")
     add("--val", type=number(float, 0, 0.5), default=0.1, help="share of episodes held out")
     args = parser.parse_args()
     if args.kind == "toy":
@@ -563,17 +633,19 @@ def main():
         return pack_toy(args.out)
     if not args.src or not Path(args.src).is_dir():
         fail(f"--src {args.src}: no such folder")
-    found, phases = sorted(Path(args.src).iterdir(), key=natural), []
+    found, phases, skipped = sorted(Path(args.src).rglob("*"), key=natural), [], []
     if args.kind == "libero":
         files = [path for path in found if path.suffix == ".hdf5"]
-        episodes = libero_episodes(files, phases, args)
+        episodes = libero_episodes(files, phases, skipped, args)
     else:
-        files = [path for path in found if path.suffix.lower() in VIDEOS or path.is_dir()]
-        labels = read_labels(args.labels) if args.labels else {}
-        episodes = video_episodes(files, labels, args)
+        folders = {path.parent for path in found if path.suffix.lower() in IMAGES}
+        files = [path for path in found if path.suffix.lower() in VIDEOS or path in folders]
+        names = [clip_name(path.relative_to(args.src)) for path in files]
+        captions = read_captions(args.labels, names) if args.labels and files else [""] * len(files)
+        episodes = video_episodes(files, names, captions, skipped, args)
     if not files:
-        fail(f"--src {args.src}: no .hdf5 files (libero), no .webm .mp4 .gif or folders (video)")
-    pack(args.out, episodes, None, args.kind == "libero", phases)
+        fail(f"--src {args.src}: no .hdf5 files (libero), no {' '.join(VIDEOS)} or folders (video)")
+    pack(args.out, episodes, None, args.kind == "libero", phases, skipped)
 
 
 if __name__ == "__main__":

@@ -351,7 +351,7 @@ def run_episodes(jobs, pool, agent, execute):
         waiting, frames, wrist, proprio, texts = pool.observe()
         actions = []
         if len(waiting):
-            chunks, _ = agent.act(frames, wrist, proprio, texts)
+            chunks = agent.act(frames, wrist, proprio, texts)
             actions = ensemble(waiting, chunks, execute)
             for job, frame in zip(waiting, frames, strict=True):
                 films[job].append(frame)

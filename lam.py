@@ -386,9 +386,8 @@ def main():
         optimizer.step()
         seen.append({"step": step + 1, "frame error over copying": loss.item()})
         if rank == 0 and ((step + 1) % args.log_every == 0 or step + 1 == args.steps):
-            log.append(data.log_row(seen, "lam", first, begin))
+            data.add_to_log(Path(args.out, "lam"), log, seen, first, begin)
             seen = []
-            data.write_log(Path(args.out, "lam"), log)
             record = {"stage": "lam", "settings": settings, "step": step + 1, "steps": args.steps}
             record |= {"log": log, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
             write(path, record)

@@ -1,7 +1,7 @@
 """
 Stage 3, the hierarchical policy (HiLAM, arXiv 2603.05815, section 3.3).
 
-    pretraining on action-free video, with the pseudo-labels of stages 1 and 2:
+    pretraining on action-free video, with the arrays of stages 1 and 2 as pseudo-labels:
         high level  pi_h(o_t, text)  -> zbar_t, the skill of frame t
         low level   pi_l(o_t, skill) -> z_t, z_{t+1}, ... latent actions, told pi_h's skill
     fine-tuning on a few labelled demonstrations: pi_h is frozen, so the text reaches the actions
@@ -16,7 +16,7 @@ actions in chunks. The flat baseline is pi_l alone, told the text.
     python policy.py --variant flat_z0  # pretrained on the same video, but without hierarchy
 
 Writes to OUT: policy_NAME_DEMOS.pt .json .png (actions of a held-out demonstration) and a log with
-its curve, the same of policy_pretrain_...; NAME is the variant with --video, --control, --tasks.
+its curve, the same of policy_pretrain_...; NAME is the variant with --video and --tasks.
 """
 
 import functools
@@ -37,15 +37,15 @@ from data import COUNT, REAL, fail, natural, number, write
 from lam import ConvBlock, warp
 from skills import load_rows, stack
 
-# Table 1 of the paper: stage of pi_h's skill, of pi_l's pretraining target (0: the latent action)
+# Table 1 of the paper: the arrays in OUT that pi_h and pi_l predict in pretraining
 VARIANTS = {
-    "hilam": (1, 0),
-    "hilam_z2": (2, 0),
-    "hilam_z2_z1": (2, 1),
-    "hilam_scratch": (1, None),
+    "hilam": ("skills1", "latents"),
+    "hilam_z2": ("skills2", "latents"),
+    "hilam_z2_z1": ("skills2", "skills1"),
+    "hilam_scratch": ("skills1", None),
     "flat": (None, None),
-    "flat_z0": (None, 0),
-    "flat_z2": (None, 2),
+    "flat_z0": (None, "latents"),
+    "flat_z2": (None, "skills2"),
 }
 WORDS = 4096  # buckets that words are hashed into
 LONGEST = 32  # words of a sentence that are read
@@ -64,7 +64,6 @@ def get_args():
     add("--tasks", type=number(int, 0), nargs="+", help="labelled tasks, numbered by name")
     add("--pretrain-steps", type=COUNT, default=2500, help="besides --steps of fine-tuning")
     add("--video", nargs="+", help="names of the sets to pretrain on, if not all of --data")
-    add("--control", choices=["shuffled", "constant", "uniform"], help="skills spoiled in this way")
     add("--low-text", action="store_true", help="tell pi_l the text as well as the skill")
     add = parser.add_argument_group("model and training").add_argument
     add("--text", metavar="T5", help="a frozen T5 reads the text: t5-small, or its folder")
@@ -116,7 +115,7 @@ def text_encoder(width, t5=None):
         words = nn.Linear(load_t5(t5)[1].config.d_model, width)
     else:
         words = nn.EmbeddingBag(WORDS + 1, width, mode="sum", padding_idx=0)
-    return nn.Sequential(words, nn.LayerNorm(width))
+    return nn.Sequential(words, nn.LayerNorm(width), token(width, width))
 
 
 # ----------------------------------------------------------------------------------------- models
@@ -162,16 +161,16 @@ class ImageEncoder(nn.Module):
 
 
 class Policy(nn.Module):
-    """Images (B, cameras, 3, S, S), text (B, W), skill (B, D), proprio (B, P) -> a chunk of vectors
-    (B, chunk, outside). text and skill are their widths in __init__, 0 for one that is not told."""
+    """Images (B, cameras, 3, S, S), a sentence's tokens, skill (B, D), proprio (B, P) -> a chunk of
+    vectors (B, chunk, outside). Without text or with skill 0 it is not told the one or other."""
 
-    def __init__(self, shape, text, skill, chunk, outside, settings):
+    def __init__(self, shape, settings, cameras, text, skill, chunk, outside):
         super().__init__()
         width = settings["width"]
         self.chunk = chunk
-        self.cameras = shape["cameras"]
-        tokens = self.cameras + 2 + (text > 0) + (skill > 0)
-        self.text = token(text, width) if text else None
+        self.cameras = cameras
+        tokens = cameras + 2 + text + (skill > 0)
+        self.text = text_encoder(width, settings["text"]) if text else None
         self.skill = token(skill, width) if skill else None
         self.image = ImageEncoder(shape["size"], settings["patch"], settings["channels"], width)
         layers = [nn.Linear(shape["proprio"], width), nn.SiLU(), nn.Linear(width, width)]
@@ -187,9 +186,10 @@ class Policy(nn.Module):
             self.mix = nn.Sequential(*layers, nn.Linear(4 * width, width), nn.SiLU())
         self.head = nn.Linear(width, chunk * outside)
 
-    def forward(self, images, text=None, skill=None, proprio=None):
+    def forward(self, images, sentence, skill=None, proprio=None):
+        images = images[:, : self.cameras]
         b, cameras = images.shape[:2]
-        told = [] if self.text is None else [self.text(text)]
+        told = [] if self.text is None else [self.text(sentence)]
         if self.skill is not None:
             told.append(self.skill(skill))
         condition = told[0].repeat_interleave(cameras, 0)  # one encoder for all cameras, as in BAKU
@@ -202,139 +202,100 @@ class Policy(nn.Module):
         return self.head(mixed[:, -1]).view(b, self.chunk, -1)  # read at ACTION
 
 
-def l1(prediction, target, mask):
-    """Mean absolute error over (B, chunk, D), 0 where mask (B, chunk) is False."""
-    return ((prediction - target).abs().mean(-1) * mask).mean()
-
-
 class Agent(nn.Module):
-    """Both levels, or a flat policy, with the mean and scale of proprio, skill and target. shape: a
-    dict of size, cameras, high_cameras and the widths of these three, skill 0 when flat."""
+    """Both levels, or a flat policy, with mean and scale of proprio and target. shape: a dict of
+    size, cameras, high_cameras and the widths of proprio, target and skill (0: a flat policy)."""
 
     def __init__(self, shape, settings):
         super().__init__()
         self.shape = shape
         self.t5 = settings["text"]
-        width, skill = settings["width"], shape["skill"]
-        seen = shape | {"cameras": shape["high_cameras"]}
-        self.high_text = text_encoder(width, self.t5) if skill else None
-        self.high = Policy(seen, width, 0, 1, skill, settings) if skill else None
-        told = width if settings["low_text"] or not skill else 0
-        self.low_text = text_encoder(width, self.t5) if told else None
-        self.low = Policy(shape, told, skill, settings["chunk"], shape["target"], settings)
-        for name in ("proprio", "skill", "target"):
+        skill, chunk = shape["skill"], settings["chunk"]
+        text = settings["low_text"] or not skill
+        self.high = None
+        if skill:
+            self.high = Policy(shape, settings, shape["high_cameras"], True, 0, 1, skill)
+        self.low = Policy(shape, settings, shape["cameras"], text, skill, chunk, shape["target"])
+        for name in ("proprio", "target"):
             self.register_buffer(f"{name}_mean", torch.zeros(shape[name]))
             self.register_buffer(f"{name}_scale", torch.ones(shape[name]))
 
     def predict_skill(self, images, tokens):
         """pi_h(o_t, text): the standardised skill zbar (B, D) of these images; None when flat."""
-        if self.high is None:
-            return None
-        return self.high(images[:, : self.shape["high_cameras"]], self.high_text(tokens))[:, 0]
+        return self.high(images, tokens)[:, 0] if self.high else None
 
-    def predict(self, images, tokens, proprio, skill):
+    def predict(self, images, tokens, skill, proprio=None):
         """pi_l(o_t, skill): a chunk of normalised actions or latents, (B, chunk, target)."""
-        text = self.low_text(tokens) if self.low_text else None
         if proprio is not None:
             proprio = (proprio - self.proprio_mean) / self.proprio_scale
-        return self.low(images, text, skill, proprio)
+        return self.low(images, tokens, skill, proprio)
 
-    def forward(self, images, tokens, proprio, target, mask, true_skill=None):
-        """The losses of a batch, a dict; true_skill (B, D) is given in pretraining only."""
+    def forward(self, images, tokens, target, mask, proprio=None, true_skill=None):
+        """The l1 losses of a batch, a dict. target (B, chunk, D) counts where mask (B, chunk) is
+        True; proprio is given in fine-tuning only, true_skill (B, D) in pretraining only."""
         losses = {}
         skill = self.predict_skill(images, tokens)
         if true_skill is not None:
             losses["skill"] = (skill - true_skill).abs().mean()
             skill = skill.detach()  # each level learns from its own labels
-        losses["action"] = l1(self.predict(images, tokens, proprio, skill), target, mask)
+        error = (self.predict(images, tokens, skill, proprio) - target).abs().mean(-1)
+        losses["action"] = (error * mask).mean()
         return losses
 
     @torch.no_grad()
     def act(self, frames, wrist, proprio, texts):
-        """Frames and wrist (B, S, S, 3) uint8 or None, proprio (B, P), B sentences -> actions (B,
-        chunk, A) and skill (B, D), None when flat, both in true units. All are numpy arrays."""
+        """Arrays of frames and wrist (B, S, S, 3) uint8 or None, proprio (B, P), and B sentences
+        -> a chunk of actions in true units, an array (B, chunk, A)."""
         device = self.target_mean.device
         images = data.to_images([frames, wrist][: self.shape["cameras"]], device)
         tokens = torch.stack([tokenize(text, self.t5) for text in texts]).to(device)
         proprio = torch.from_numpy(proprio).float().to(device)
         skill = self.predict_skill(images, tokens)
-        actions = self.predict(images, tokens, proprio, skill).clamp(-1, 1)
-        actions = (actions * self.target_scale + self.target_mean).cpu().numpy()
-        if skill is not None:
-            skill = (skill * self.skill_scale + self.skill_mean).cpu().numpy()
-        return actions, skill
+        actions = self.predict(images, tokens, skill, proprio).clamp(-1, 1)
+        return (actions * self.target_scale + self.target_mean).cpu().numpy()
 
 
 # ------------------------------------------------------------------------------------------- data
 class Labels:
-    """Some episodes of a packed set with a target (T, D) and perhaps a skill (T, D); the last gap
-    frames of an episode have none."""
+    """Some episodes of a packed set with a target (T, D) to predict in chunks, and perhaps a skill
+    (T, D) and proprio (T, P); the last gap frames of an episode have no target."""
 
-    def __init__(self, dataset, episodes, target, skill=None, gap=0, cameras=1, t5=None):
-        self.dataset, self.cameras, self.proprio = dataset, cameras, dataset.proprio
-        self.target, self.skill = target, skill
+    def __init__(self, dataset, episodes, target, skill=None, proprio=None, gap=0, cameras=1):
+        self.dataset, self.cameras = dataset, cameras
+        self.target, self.skill, self.proprio = target, skill, proprio
         self.rows = dataset.rows(episodes, gap)
         self.episode = np.repeat(np.arange(len(dataset.start)), dataset.length)  # of each row
         self.end = (dataset.start + dataset.length - gap)[self.episode]  # where its targets end
-        self.tokens = torch.stack([tokenize(e["text"], t5) for e in dataset.episodes])
 
-    def batch(self, rows, chunk):
+    def batch(self, rows, chunk, t5=None):
         """The arguments of Agent.forward for these rows, on the CPU."""
         after = rows[:, None] + np.arange(chunk)  # (B, chunk)
+        texts = [self.dataset.episodes[e]["text"] for e in self.episode[rows]]
         batch = {"images": self.dataset.images(rows, self.cameras, "cpu")}
-        batch["tokens"] = self.tokens[self.episode[rows]]
-        batch["proprio"] = None if self.proprio is None else torch.from_numpy(self.proprio[rows])
+        batch["tokens"] = torch.stack([tokenize(text, t5) for text in texts])
         batch["target"] = torch.from_numpy(self.target[np.minimum(after, len(self.target) - 1)])
         batch["mask"] = torch.from_numpy(after < self.end[rows][:, None])
-        batch["true_skill"] = None if self.skill is None else torch.from_numpy(self.skill[rows])
+        for name, array in (("true_skill", self.skill), ("proprio", self.proprio)):
+            if array is not None:
+                batch[name] = torch.from_numpy(array[rows])
         return batch
 
 
-def get_batch(labels, count, chunk, rng, device):
-    """Agent.forward's arguments for count rows, as many of each set; None what one set lacks."""
+def get_batch(labels, count, args, rng):
+    """Agent.forward's arguments for count random rows, as many of each set, on the CPU."""
     share = max(1, count // len(labels))
-    parts = [part.batch(rng.choice(part.rows, share), chunk) for part in labels]
-    batch = dict.fromkeys(parts[0])
-    for key in batch:
-        if all(part[key] is not None for part in parts):
-            batch[key] = torch.cat([part[key] for part in parts]).to(device)
-    return batch
+    parts = [part.batch(rng.choice(part.rows, share), args.chunk, args.text) for part in labels]
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
 def augment(images, amount):
-    """Images (B, cameras, 3, S, S) warped, shifted by up to a 64th of their side, contrast
-    changed by up to a fifth, brightness by up to a tenth."""
-    x = images.flatten(0, 1)  # (B cameras, 3, S, S)
+    """Images (B, cameras, 3, S, S) under random affine maps by so much, contrast changed by up to a
+    fifth and brightness by up to a tenth."""
     if amount:
-        x = warp(x, x, amount)[0]
-    size = x.shape[-1]
-    pad = size // 64
-    if pad:
-        corners = torch.randint(0, 2 * pad + 1, (2, len(x))).T.tolist()
-        pairs = zip(F.pad(x, (pad,) * 4, mode="replicate"), corners, strict=True)
-        x = torch.stack([image[:, i : i + size, j : j + size] for image, (i, j) in pairs])
-    gain, offset = torch.rand(2, len(images), 1, 1, 1, 1, device=x.device)
-    x = (x.view_as(images) - 0.5) * (0.8 + 0.4 * gain) + (0.4 + 0.2 * offset)
-    return x.clamp(0, 1)
-
-
-def load_stage(dataset, out, stage, control=None):
-    """A stage at frame rate, (T, D): 0 the latent actions, else skills. control: skills of random
-    other segments (shuffled), zeros (constant), skills of a uniform cut (uniform)."""
-    if stage == 0:
-        return load_rows(dataset, out, "latents", "lam.py")
-    kind = "uniform" if control == "uniform" else "skills"
-    vectors = load_rows(dataset, out, f"{kind}{stage}", "skills.py")
-    if control == "constant":
-        return 0 * vectors
-    if control == "shuffled":
-        marks = np.load(Path(out, f"boundaries.{dataset.name}.npy"))[:, stage - 1]
-        starts, segment = np.flatnonzero(marks), np.cumsum(marks) - 1
-        ends = np.append(starts[1:], len(marks))
-        other = np.random.default_rng(0).permutation(len(starts))[segment]
-        into = np.arange(len(marks)) - starts[segment]
-        return vectors[np.minimum(starts[other] + into, ends[other] - 1)]
-    return vectors
+        flat = images.flatten(0, 1)  # (B cameras, 3, S, S)
+        images = warp(flat, flat, amount)[0].view_as(images)
+    gain, offset = torch.rand(2, len(images), 1, 1, 1, 1, device=images.device)
+    return ((images - 0.5) * (0.8 + 0.4 * gain) + (0.4 + 0.2 * offset)).clamp(0, 1)
 
 
 def labelled_episodes(dataset, demos, tasks):
@@ -352,71 +313,53 @@ def labelled_episodes(dataset, demos, tasks):
     return np.sort(np.concatenate(chosen))
 
 
-def data_shape(sets):
-    """The part of Agent's shape that the sets decide; exits with nothing to fine-tune on."""
-    if all(d.actions is None for d in sets):
-        fail("none of the packed sets has actions: nothing to fine-tune on")
-    if any(d.proprio is None for d in sets if d.actions is not None):
-        fail("a packed set with actions needs proprio too")
-    size = sets[0].frames.shape[1]
-    cameras = 1 + any(d.wrist is not None for d in sets)
-    proprio = max(1 if d.proprio is None else d.proprio.shape[1] for d in sets)
-    return {"size": size, "cameras": cameras, "high_cameras": cameras, "proprio": proprio}
-
-
-def standardise(labels, key):
-    """Standardise "target" or "skill" of several Labels together; returns mean and deviation."""
-    used = np.concatenate([getattr(part, key)[part.rows] for part in labels])
+def standardise(arrays, rows):
+    """Arrays (T, D) with mean 0 and deviation 1 over these rows of them all, float32."""
+    used = np.concatenate([array[r] for array, r in zip(arrays, rows, strict=True)])
     mean, deviation = used.mean(0), used.std(0) + 1e-6
-    for part in labels:
-        setattr(part, key, ((getattr(part, key) - mean) / deviation).astype(np.float32))
-    return torch.from_numpy(mean), torch.from_numpy(deviation)
+    return [((array - mean) / deviation).astype(np.float32) for array in arrays]
 
 
-def prepare_pretraining(args, sets):
-    """A new agent, and the video with its pseudo-labels."""
+def prepare_pretraining(args, sets, shape):
+    """A new agent of shape, and the video with its pseudo-labels."""
     skill, action = VARIANTS[args.variant]
     gap = data.load_checkpoint(Path(args.out, "lam.pt"), "lam")["settings"]["gap"]
     names = args.video or [d.name for d in sets]
     video = [d for d in sets if d.name in names]
     if len(video) < len(set(names)):
         fail(f"--video {' '.join(names)}: choose from {', '.join(d.name for d in sets)}")
-    shape = data_shape(sets) | {"high_cameras": 1 + all(d.wrist is not None for d in video)}
-    labels = []
-    for d in video:
-        z = load_stage(d, args.out, action)
-        zbar = load_stage(d, args.out, skill, args.control) if skill else None
-        episodes = d.split("train")
-        labels.append(Labels(d, episodes, z, zbar, gap, shape["high_cameras"], args.text))
-        labels[-1].proprio = None  # people's video has none
-    shape |= {"skill": zbar.shape[1] if skill else 0, "target": z.shape[1]}
-    agent = Agent(shape, vars(args))
-    standardise(labels, "target")
+    episodes = [d.split("train") for d in video]
+    rows = [d.rows(e, gap) for d, e in zip(video, episodes, strict=True)]
+    targets = standardise([load_rows(d, args.out, action) for d in video], rows)
+    skills = [None for _ in video]
     if skill:
-        agent.skill_mean, agent.skill_scale = standardise(labels, "skill")
-    return agent, labels
+        skills = standardise([load_rows(d, args.out, skill) for d in video], rows)
+        shape = shape | {"skill": skills[0].shape[1]}
+    cameras = 1 + all(d.wrist is not None for d in video)  # people's video has one
+    shape = shape | {"high_cameras": cameras, "target": targets[0].shape[1]}
+    parts = zip(video, episodes, targets, skills, strict=True)
+    return Agent(shape, vars(args)), [Labels(*part, None, gap, cameras) for part in parts]
 
 
-def prepare_finetuning(args, sets, pretrained):
-    """An agent for real actions, new or from a pretrained one, and the labelled demonstrations."""
-    shape = data_shape(sets) | {"skill": 64 if VARIANTS[args.variant][0] else 0}
-    labels = []
-    for d in [d for d in sets if d.actions is not None]:
-        episodes = labelled_episodes(d, args.demos, args.tasks)
-        labels.append(Labels(d, episodes, d.actions, None, 0, shape["cameras"], args.text))
-    proprio = np.concatenate([part.dataset.proprio[part.rows] for part in labels])
-    actions = np.concatenate([part.target[part.rows] for part in labels])
+def prepare_finetuning(args, sets, shape, agent):
+    """The pretrained agent, or a new one, made ready for real actions, and the demonstrations."""
+    episodes = [labelled_episodes(d, args.demos, args.tasks) for d in sets]
+    rows = [d.rows(e) for d, e in zip(sets, episodes, strict=True)]
+    actions = np.concatenate([d.actions[r] for d, r in zip(sets, rows, strict=True)])
+    proprio = np.concatenate([d.proprio[r] for d, r in zip(sets, rows, strict=True)])
     mean = (actions.min(0) + actions.max(0)) / 2
     scale = np.maximum(np.ptp(actions, axis=0) / 2, 1e-3)
-    for part in labels:
-        part.target = ((part.target - mean) / scale).astype(np.float32)  # in [-1, 1]
-    agent = Agent((pretrained.shape if pretrained else shape) | {"target": len(mean)}, vars(args))
-    if pretrained:
-        weights = pretrained.state_dict()
-        kept = [key for key in weights if not key.startswith(("low.head", "target"))]
-        agent.load_state_dict({key: weights[key] for key in kept}, strict=False)
-        for key, parameter in agent.named_parameters():
-            parameter.requires_grad_(not key.startswith("high"))  # pi_h is frozen
+    labels = []
+    for d, e in zip(sets, episodes, strict=True):
+        target = ((d.actions - mean) / scale).astype(np.float32)  # in [-1, 1]
+        labels.append(Labels(d, e, target, None, d.proprio, 0, shape["cameras"]))
+    if agent is None:
+        agent = Agent(shape | {"target": len(mean)}, vars(args))
+    else:
+        agent.shape["target"] = len(mean)
+        agent.low.head = nn.Linear(args.width, args.chunk * len(mean))  # a new one
+        if agent.high:
+            agent.high.requires_grad_(False)  # pi_h is frozen
     agent.proprio_mean = torch.from_numpy(proprio.mean(0))
     agent.proprio_scale = torch.from_numpy(proprio.std(0) + 1e-3)
     agent.target_mean, agent.target_scale = torch.from_numpy(mean), torch.from_numpy(scale)
@@ -433,37 +376,25 @@ def load_agent(out, name, demos, device):
 
 
 # ----------------------------------------------------------------------------------------- report
-def report(args, name, agent, sets):
-    """On held-out demonstrations: the first action's l1 error over that of predicting the mean, the
-    same of the skill after pretraining; draws the actions of one demonstration."""
+def report(args, name, agent, dataset):
+    """On held-out demonstrations: the first action's l1 error over that of predicting the mean;
+    draws the actions of one of them."""
     agent.eval()
-    dataset = [d for d in sets if d.actions is not None][0]
-    stage, action = VARIANTS[args.variant]
     found = []
     episodes = dataset.split("val")[:20]
     for e in episodes:
         rows = dataset.rows([e])
         wrist = None if dataset.wrist is None else dataset.wrist[rows]
         texts = [dataset.episodes[e]["text"]] * len(rows)
-        found.append(agent.act(dataset.frames[rows], wrist, dataset.proprio[rows], texts))
-    rows = dataset.rows(episodes)
-    actions = np.concatenate([chunks[:, 0] for chunks, _ in found])
-    pairs = {"action": (actions, dataset.actions[rows])}
-    if stage and action is not None:
-        true = load_stage(dataset, args.out, stage, args.control)[rows]
-        pairs["skill"] = (np.concatenate([skill for _, skill in found]), true)
-    errors = {}
-    for key, (predicted, true) in pairs.items():
-        error = np.abs(predicted - true).sum() / np.abs(true - true.mean(0)).sum()
-        errors[f"{key}_error"] = round(float(error), 4)
-        print(f"held-out {key}: l1 error over that of predicting the mean {error:.2f}")
-    write(Path(args.out, f"{name}.json"), errors)
-    first = slice(dataset.length[episodes[0]])  # the frames of one demonstration
-    width = actions.shape[1]
-    figure = Figure((9, 1.4 * width), layout="constrained")
-    for d, axis in enumerate(figure.subplots(width, sharex=True)):
-        axis.plot(pairs["action"][1][first, d], "k", label="demonstration")
-        axis.plot(actions[first, d], "tab:orange", label=args.variant)
+        found.append(agent.act(dataset.frames[rows], wrist, dataset.proprio[rows], texts)[:, 0])
+    true, actions = dataset.actions[dataset.rows(episodes)], np.concatenate(found)
+    error = float(np.abs(actions - true).sum() / np.abs(true - true.mean(0)).sum())
+    print(f"held-out demonstrations: l1 error of the action over predicting the mean {error:.2f}")
+    write(Path(args.out, f"{name}.json"), {"action_error": round(error, 4)})
+    figure = Figure((9, 1.4 * true.shape[1]), layout="constrained")
+    for d, axis in enumerate(figure.subplots(true.shape[1], sharex=True)):
+        axis.plot(true[: len(found[0]), d], "k", label="demonstration")
+        axis.plot(found[0][:, d], "tab:orange", label=args.variant)
         axis.set_ylabel(f"action {d}")
     axis.set_xlabel("frame of a held-out demonstration")
     axis.legend(loc="upper right")
@@ -472,20 +403,25 @@ def report(args, name, agent, sets):
 
 def run_name(args, phase):
     """The name of a phase's files. Several fine-tunings share a pretraining."""
-    skill, action = VARIANTS[args.variant]
-    parts = [*sorted(args.video or []), args.control, "lowtext" if args.low_text else None]
+    parts = [*sorted(args.video or []), *["lowtext"] * args.low_text]
     if phase == "pretrain":
-        parts = ["policy_pretrain", f"z{skill}" if skill else "flat", f"z{action}", *parts]
-    else:
-        tasks = "tasks" + "".join(map(str, args.tasks)) if args.tasks else None
-        parts = ["policy", args.variant, *parts, tasks, str(args.demos)]
-    return "_".join(part for part in parts if part)
+        return "_".join(["policy_pretrain", *filter(None, VARIANTS[args.variant]), *parts])
+    if args.tasks:
+        parts.append("tasks" + "".join(map(str, args.tasks)))
+    return "_".join(["policy", args.variant, *parts, str(args.demos)])
 
 
 def main():
     args = get_args()
     device, rank, world = data.start(args.out, args.device)
     sets = data.open_sets(args.data)
+    labelled = [d for d in sets if d.actions is not None]
+    if not labelled or any(d.proprio is None for d in labelled):
+        fail("fine-tuning needs a packed set with actions, and proprio beside them")
+    cameras = 1 + any(d.wrist is not None for d in sets)
+    shape = {"size": sets[0].frames.shape[1], "cameras": cameras, "high_cameras": cameras}
+    shape["proprio"] = labelled[0].proprio.shape[1]
+    shape["skill"] = 64 if VARIANTS[args.variant][0] else 0
     agent = None
     for phase in ["finetune"] if VARIANTS[args.variant][1] is None else ["pretrain", "finetune"]:
         torch.manual_seed(args.seed)
@@ -493,15 +429,15 @@ def main():
         settings = vars(args) | {"world": world}
         if phase == "pretrain":
             steps, peak = args.pretrain_steps, args.lr
-            agent, labels = prepare_pretraining(args, sets)
+            agent, labels = prepare_pretraining(args, sets, shape)
             for key in ("variant", "demos", "tasks", "steps", "finetune_lr"):
                 del settings[key]  # they do not matter to pretraining
         else:
             steps, peak = args.steps, (args.finetune_lr if agent else args.lr)
-            agent, labels = prepare_finetuning(args, sets, agent)
-        sample = get_batch(labels, 256, args.chunk, np.random.default_rng(0), "cpu")
+            agent, labels = prepare_finetuning(args, labelled, shape, agent)
+        sample = get_batch(labels, 256, args, np.random.default_rng(0))
         begin_with = [*sample.values(), *agent.state_dict().values()]
-        settings["begin_with"] = data.checksum(*[x.numpy() for x in begin_with if x is not None])
+        settings["begin_with"] = data.checksum(*[x.numpy() for x in begin_with])
         agent.to(device)
         learning = [p for p in agent.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(learning, lr=peak, weight_decay=1e-3, fused=True)
@@ -519,9 +455,10 @@ def main():
             share = 0.525 + 0.475 * math.cos(math.pi * step / steps)  # a cosine to a twentieth
             for group in optimizer.param_groups:
                 group["lr"] = peak * share * min(1, (step + 1) / 100)  # after a warm-up
-            batch = get_batch(labels, args.batch * world, args.chunk, rng, device)
+            batch = get_batch(labels, args.batch * world, args, rng)
+            batch = {key: x.to(device) for key, x in batch.items()}
             batch["images"] = augment(batch["images"], args.warp)
-            batch = {key: None if x is None else x[rank::world] for key, x in batch.items()}
+            batch = {key: x[rank::world] for key, x in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, args.bf16):
                 losses = wrapped(**batch)  # of pi_h the skill's, of pi_l the action's
             optimizer.zero_grad(set_to_none=True)
@@ -530,15 +467,14 @@ def main():
             optimizer.step()
             seen.append({"step": step + 1} | {key: loss.item() for key, loss in losses.items()})
             if rank == 0 and ((step + 1) % args.log_every == 0 or step + 1 == steps):
-                log.append(data.log_row(seen, name, first, begin))
-                data.write_log(Path(args.out, name), log)
+                data.add_to_log(Path(args.out, name), log, seen, first, begin)
                 record = {"stage": "policy_" + phase, "settings": settings, "shape": agent.shape}
                 record |= {"step": step + 1, "steps": steps, "log": log}
                 record |= {"model": agent.state_dict(), "optimizer": optimizer.state_dict()}
                 write(path, record)
                 seen = []
     if rank == 0:
-        report(args, name, agent, sets)
+        report(args, name, agent, labelled[0])
 
 
 if __name__ == "__main__":

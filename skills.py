@@ -220,10 +220,11 @@ def uniform_boundaries(boundary, starts, lengths):
 
 
 # ------------------------------------------------------------------------------- data and losses
-def load_rows(dataset, out, name, script):
-    """What a script wrote of a packed set, a row a frame, (T, D); exits where it does not fit."""
+def load_rows(dataset, out, name):
+    """The latents or skills of a packed set, a row a frame, (T, D); exits where they don't fit."""
     path = Path(out, f"{name}.{dataset.name}.npy")
     rows = np.load(path) if path.exists() else np.zeros((0, 1))
+    script = "lam.py" if name == "latents" else "skills.py"
     if len(rows) != dataset.total or not np.isfinite(rows).all():
         fail(f"{path} is missing or of other data: run `python {script}` with the same --out first")
     return rows
@@ -394,7 +395,7 @@ def main():
         fail("skills.py runs in one process: start it without torchrun")
     torch.manual_seed(args.seed)
     sets = data.open_sets(args.data)
-    raw = [load_rows(dataset, args.out, "latents", "lam.py") for dataset in sets]
+    raw = [load_rows(dataset, args.out, "latents") for dataset in sets]
     lam = load_lam(args.out, sets[0], device).requires_grad_(False)  # frozen
     used = [dataset.rows(dataset.split("train"), lam.gap) for dataset in sets]
     latents, scale = zip(*map(standardise, raw, used), strict=True)
@@ -436,8 +437,7 @@ def main():
         optimizer.step()
         seen.append(row)
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
-            log.append(data.log_row(seen, "skills", first, begin))
-            data.write_log(Path(args.out, "skills"), log)
+            data.add_to_log(Path(args.out, "skills"), log, seen, first, begin)
             record = {"stage": "skills", "settings": settings, "step": step + 1}
             record |= {"steps": args.steps, "log": log, "model": model.state_dict()}
             write(path, record | {"optimizer": optimizer.state_dict()})
