@@ -48,20 +48,21 @@ def fail(message):
     raise SystemExit(2)
 
 
-def number(kind, least, most=math.inf):
-    """An argparse type: numbers of a kind (int, float) from least to most, both included."""
+def number(kind, least, most=math.inf, step=0):
+    """An argparse type: int or float from least to most, both included; multiples of step."""
 
     def parse(text):
         value = kind(text)
-        if not (math.isfinite(value) and least <= value <= most):
+        if not (math.isfinite(value) and least <= value <= most) or (step and value % step):
             raise ValueError
         return value
 
-    parse.__name__ = f"{kind.__name__}, from {least} to {most},"  # argparse says "invalid ..."
+    steps = f" in steps of {step}" if step else ""
+    parse.__name__ = f"{kind.__name__}, from {least} to {most}{steps},"  # argparse: "invalid ..."
     return parse
 
 
-COUNT, SEED = number(int, 1), number(int, 0, 2**32 - 1)
+COUNT, SEED, WIDTH = number(int, 1), number(int, 0, 2**32 - 1), number(int, 8, step=8)
 REAL, SHARE = number(float, 0), number(float, 0, 1)
 
 
@@ -137,6 +138,12 @@ def add_to_log(stem, log, seen, first, begin):
         axis.set(xlabel="training step", title=name)
         axis.grid(alpha=0.3)
     write(f"{stem}_log.png", figure)
+
+
+def stop_unless_finite(norm, step, path):
+    """Exit before a step whose gradient has a norm that is not finite; path stays as it is."""
+    if not math.isfinite(norm):
+        fail(f"step {step + 1}: the gradient is {norm}: try a lower --lr; {path} stays as it was")
 
 
 def checksum(*arrays):
@@ -258,6 +265,15 @@ def open_sets(paths):
         fail("two datasets of the same name: latents are filed by folder name, so rename one")
     if len({dataset.frames.shape[1] for dataset in sets}) > 1:
         fail(f"frames of different size: {[dataset.frames.shape for dataset in sets]}")
+    for key in ("actions", "proprio"):
+        widths = {d.name: d.arrays[key]["shape"] for d in sets if key in d.arrays}
+        if len(set(map(str, widths.values()))) > 1:
+            fail(f"{key} of different widths, so of different robots: {widths}")
+    for dataset in sets:
+        if all(episode["split"] != "val" for episode in dataset.episodes):
+            print(
+                f"{dataset.name}: no episode is held out, so its figures are of training episodes"
+            )
     return sets
 
 

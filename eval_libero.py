@@ -20,6 +20,7 @@ import logging
 import math
 import multiprocessing
 import os
+import tempfile
 import zlib
 from ctypes.util import find_library
 from multiprocessing.connection import wait
@@ -95,8 +96,9 @@ class ToyPool:
 
 
 # ------------------------------------------------------------- LIBERO's simulators, a process each
-def prepare_libero():
-    """Choose a renderer and write the configuration that LIBERO would ask for on the keyboard."""
+def prepare_libero(folder):
+    """Choose a renderer, fetch the assets, and write the configuration that LIBERO would ask for on
+    the keyboard into this folder: the one in the home folder may be of another LIBERO."""
     if not (importlib.util.find_spec("libero") and importlib.util.find_spec("robosuite")):
         install = "pip install --no-deps libero==0.1.1 bddl==1.0.1"
         fail(f"LIBERO is not installed: pip install -r requirements.txt && {install}")
@@ -104,13 +106,16 @@ def prepare_libero():
         if not (find_library("EGL") or find_library("OSMesa")):
             fail("no headless OpenGL here: apt-get install libegl1 libgl1-mesa-dri (or libosmesa6)")
         os.environ["MUJOCO_GL"] = "egl" if find_library("EGL") else "osmesa"
-    config = Path(os.environ.get("LIBERO_CONFIG_PATH", Path.home() / ".libero"), "config.yaml")
-    if not config.exists():
-        root = Path(importlib.util.find_spec("libero").submodule_search_locations[0], "libero")
-        folders = {"benchmark_root": root, "init_states": root / "init_files"}
-        folders |= {key: root / key for key in ("bddl_files", "datasets", "assets")}
-        config.parent.mkdir(parents=True, exist_ok=True)
-        config.write_text("".join(f"{key}: {folder}\n" for key, folder in folders.items()))
+    root = Path(importlib.util.find_spec("libero").submodule_search_locations[0], "libero")
+    folders = {"benchmark_root": root, "init_states": root / "init_files"}
+    folders |= {key: root / key for key in ("bddl_files", "datasets", "assets")}
+    lines = [f"{key}: {path}\n" for key, path in folders.items()]
+    Path(folder, "config.yaml").write_text("".join(lines))
+    os.environ["LIBERO_CONFIG_PATH"] = str(folder)
+    from libero.libero import get_assets_path
+
+    if not Path(get_assets_path()).exists():  # LIBERO has just tried to download them
+        fail(f"no assets: `pip install huggingface_hub`, or put LIBERO's into {root / 'assets'}")
 
 
 def load_states(path):
@@ -186,7 +191,11 @@ class Simulator:
             file = Path(self.args.replay, f"{task.name}_demo.hdf5")
             _, success, steps = self.run(set_demonstration(self.env, file, episode))
             return success, steps
-        self.env.set_init_state(self.states[episode % len(self.states)])
+        if episode >= len(self.states):
+            raise ValueError(
+                f"a task has {len(self.states)} initial states: --episodes is too many"
+            )
+        self.env.set_init_state(self.states[episode])
         observed, _, _ = self.run([[0, 0, 0, 0, 0, 0, -1.0]] * self.args.settle)  # hand open
         return self.look(observed)
 
@@ -336,7 +345,10 @@ def read_records(log, settings):
         log.write_text(whole)
     records = {}
     for line in whole.splitlines():
-        record = json.loads(line)
+        try:
+            record = json.loads(line)
+        except ValueError:
+            fail(f"{log} is damaged: delete it, or its line {line[:40]!r}")
         if record.pop("settings") == settings:
             records[record["task"], record["episode"]] = record
     return records
@@ -434,14 +446,15 @@ def main():
     args = get_args()
     for key in ("variant", "demos", "out", "tasks"):  # what is named twice is no second evidence
         setattr(args, key, list(dict.fromkeys(getattr(args, key))))
-    if args.suite != "toy":
-        prepare_libero()
     policies = [(name, demos) for demos in args.demos for name in args.variant]
     if args.replay:
         if args.suite == "toy" or not list(Path(args.replay).glob("*_demo.hdf5")):
             fail(f"--replay {args.replay}: for LIBERO's suites, a folder of *_demo.hdf5 files")
         policies = [("replay", 0)]
-    reports = [evaluate(args, out, name, demos) for out in args.out for name, demos in policies]
+    with tempfile.TemporaryDirectory() as folder:
+        if args.suite != "toy":
+            prepare_libero(folder)
+        reports = [evaluate(args, out, name, demos) for out in args.out for name, demos in policies]
     summarise(reports, args.suite, Path(args.out[0], f"eval_{args.suite}.png"))
 
 

@@ -32,7 +32,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from data import COUNT, REAL, fail, number, write
+from data import COUNT, REAL, WIDTH, fail, number, write
 
 
 def get_args():
@@ -43,7 +43,7 @@ def get_args():
     add("--odd", action="store_true", help="half of z changes sign when time runs backwards")
     add("--wrist", action="store_true", help="see and draw the wrist camera too")
     add = parser.add_argument_group("model and training").add_argument
-    add("--width", type=number(int, 8), default=32, help="channels at first, doubled twice")
+    add("--width", type=WIDTH, default=32, help="channels at first, doubled twice")
     add("--reverse", action="store_true", help="show every other pair backwards, against habit")
     add("--warp", type=REAL, default=0.0, help="random affine maps for the IDM; LIBERO: 0.4")
     add("--batch", type=COUNT, default=64, help="frame pairs a step and process, of all sets")
@@ -143,8 +143,6 @@ class LAM(nn.Module):
         super().__init__()
         if size % 16:
             fail(f"frames of {size} pixels make no 16 x 16 grid: pack them at a multiple of 16")
-        if settings["width"] % 8:
-            fail(f"--width {settings['width']}: choose a multiple of 8")
         self.cameras = 2 if settings["wrist"] else 1
         self.gap = settings["gap"]
         channels, latent, width = 3 * self.cameras, settings["latent"], settings["width"]
@@ -356,8 +354,9 @@ def main():
     torch.manual_seed(args.seed)
     sets = data.open_sets(args.data)
     rows = [dataset.rows(dataset.split("train"), args.gap) for dataset in sets]
-    if min(map(len, rows)) == 0:
-        fail(f"--gap {args.gap} is longer than every episode of a set")
+    held_out = [dataset.rows(dataset.split("val"), args.gap) for dataset in sets]
+    if min(map(len, rows + held_out)) == 0:
+        fail(f"--gap {args.gap} is longer than all episodes to train on, or all that are held out")
     model = LAM(vars(args), sets[0].frames.shape[1]).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)
     settings = vars(args) | {"world": world, "data": data.checksum(*[d.frames for d in sets])}
@@ -382,7 +381,8 @@ def main():
             loss = F.mse_loss(wrapped(now, future, args.warp), future) / copy_error
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        data.stop_unless_finite(norm, step, path)
         optimizer.step()
         seen.append({"step": step + 1, "frame error over copying": loss.item()})
         if rank == 0 and ((step + 1) % args.log_every == 0 or step + 1 == args.steps):

@@ -33,7 +33,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from data import COUNT, REAL, fail, natural, number, write
+from data import COUNT, REAL, WIDTH, fail, natural, number, write
 from lam import ConvBlock, warp
 from skills import load_rows, stack
 
@@ -69,8 +69,8 @@ def get_args():
     add("--text", metavar="T5", help="a frozen T5 reads the text: t5-small, or its folder")
     add("--chunk", type=COUNT, default=10, help="actions predicted at once; BAKU: 10")
     add("--patch", type=COUNT, default=4, help="pixels a patch; size / patch is 8, 16, 32 or 64")
-    add("--channels", type=number(int, 8), default=32, help="channels at first, then twice as many")
-    add("--width", type=number(int, 8), default=128, help="of a token; BAKU: 256")
+    add("--channels", type=WIDTH, default=32, help="channels at first, then twice as many")
+    add("--width", type=WIDTH, default=128, help="of a token; BAKU: 256")
     add("--layers", type=number(int, 0), default=2, help="blocks; BAKU: 8; 0: an MLP of all tokens")
     add("--warp", type=REAL, default=0.0, help="random affine maps of the images; LIBERO: 0.15")
     add("--batch", type=COUNT, default=64, help="frames a step and process, equally of each set")
@@ -103,6 +103,8 @@ def tokenize(text, t5=None):
         states = encoder(**tokenizer(text, return_tensors="pt")).last_hidden_state
         return states[0].mean(0).detach()
     keys = []
+    if len(text.split()) > LONGEST:
+        print(f"only the first {LONGEST} words are read of: {text}")
     for place, word in enumerate(text.lower().split()[:LONGEST]):
         keys += [word, f"{place} {word}"]
     buckets = [1 + zlib.crc32(key.encode()) % WORDS for key in keys]
@@ -309,6 +311,8 @@ def labelled_episodes(dataset, demos, tasks):
     for i in tasks or range(len(names)):
         episodes = train[of == names[i]]
         count = max(1, round(demos * len(episodes))) if isinstance(demos, float) else demos
+        if count > len(episodes):
+            fail(f"--demos {demos}: task {names[i]} has {len(episodes)} to train on")
         chosen.append(episodes[:count])
     return np.sort(np.concatenate(chosen))
 
@@ -463,7 +467,8 @@ def main():
                 losses = wrapped(**batch)  # of pi_h the skill's, of pi_l the action's
             optimizer.zero_grad(set_to_none=True)
             sum(losses.values()).backward()
-            nn.utils.clip_grad_norm_(learning, 1.0)
+            norm = nn.utils.clip_grad_norm_(learning, 1.0)
+            data.stop_unless_finite(norm, step, path)
             optimizer.step()
             seen.append({"step": step + 1} | {key: loss.item() for key, loss in losses.items()})
             if rank == 0 and ((step + 1) % args.log_every == 0 or step + 1 == steps):

@@ -26,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from data import COUNT, REAL, SHARE, fail, number, write
+from data import COUNT, REAL, SHARE, WIDTH, fail, number, write
 from lam import draw_strip, load_lam, ridge
 
 
@@ -36,7 +36,7 @@ def get_args():
     add("--chunk", type=number(float, 1.5), nargs="+", default=[15.0, 3.0], help="N of each stage")
     add("--least", type=COUNT, default=5, help="shortest chunk of stage 1 in frames; H-Net: 1")
     add("--skill", choices=["ahead", "first"], default="ahead", help="mean ahead; HiLAM: first")
-    add("--width", type=number(int, 8), default=64, help="of a vector")
+    add("--width", type=WIDTH, default=64, help="of a vector")
     add("--layers", type=COUNT, default=4, help="blocks in an encoder, a decoder; twice at the top")
     add("--rec", type=REAL, default=0.1, help="weight of L_rec; 0: off")
     add("--ratio", type=REAL, default=0.1, help="weight of L_ratio; H-Net: 0.03")
@@ -400,6 +400,8 @@ def main():
     used = [dataset.rows(dataset.split("train"), lam.gap) for dataset in sets]
     latents, scale = zip(*map(standardise, raw, used), strict=True)
     episodes = [[e for e in d.split("train") if d.length[e] > lam.gap + 1] for d in sets]
+    if not all(episodes):
+        fail(f"all episodes of a set are shorter than {lam.gap + 2} frames, the gap and two more")
     shape = raw[0].shape[1], args.width, len(args.chunk)
     model = HNet(*shape, args.layers, args.least, lam.gap).to(device)
     groups = {args.slow[0]: [], args.slow[1]: [], 1.0: []}  # shares of the rate; k stays near z
@@ -433,7 +435,8 @@ def main():
             row |= {f"F{s}": f.item(), f"G{s}": g.item()}
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        data.stop_unless_finite(norm, step, path)
         optimizer.step()
         seen.append(row)
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:

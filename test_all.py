@@ -439,7 +439,7 @@ def test_fine_tuning_leaves_the_high_level_exactly_as_it_was_and_changes_the_low
 
 @pytest.mark.parametrize(
     "demos, tasks, chosen",
-    [(2, None, [0, 1, 2, 3, 4, 5]), (0.5, None, [0, 1, 2, 4]), (1, [2], [1]), (3, [0], [2, 5])],
+    [(2, None, [0, 1, 2, 3, 4, 5]), (0.5, None, [0, 1, 2, 4]), (1, [2], [1]), (2, [0], [2, 5])],
 )
 def test_labelled_episodes_are_the_first_of_each_task(demos, tasks, chosen):
     episodes = [{"task": name} for name in ("9", "10", "2", "10", "9", "2", "held out", "9")]
@@ -824,8 +824,8 @@ def libero(tmp_path_factory):
     if not Path(package.__path__[0], "libero/assets/scenes").exists():
         pytest.skip("LIBERO's assets are not installed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LIBERO_CONFIG_PATH", str(tmp_path_factory.mktemp("config")))
-        eval_libero.prepare_libero()
+        patch.setenv("LIBERO_CONFIG_PATH", "")  # so that it is put back
+        eval_libero.prepare_libero(tmp_path_factory.mktemp("config"))
         from libero.libero import benchmark, get_libero_path
         from libero.libero.envs import OffScreenRenderEnv
 
@@ -914,13 +914,28 @@ def test_damaged_run_folder_is_refused_and_left_alone(folder, file, damage, scri
         (lam, ["--data", "nowhere"], "nowhere is no packed dataset"),
         (lam, ["--data", "cut"], "frames.bin has 9999 bytes"),
         (lam, ["--latent", 1], "--latent"),
+        (lam, ["--width", 12], "in steps of 8"),
         (lam, ["--steps", 0], "--steps"),
+        (lam, ["--seed", -1], "--seed"),
+        (lam, ["--gap", 0], "--gap"),
+        (lam, ["--gap", 500], "--gap 500 is longer than all episodes"),
         (lam, ["--lr", "nan"], "--lr"),
-        (data, ["toy", "--val", 0.7], "--val"),
+        (lam, ["--lr", 1e30, "--out", "new"], "the gradient is"),
         (lam, ["--device", "cuda"], "--device cuda"),
+        (data, ["toy", "--val", 0.7], "--val"),
+        (data, ["libero", "--src", "toy", "--demos", -3], "--demos"),
+        (data, ["video", "--src", "toy", "--size", 0], "--size"),
         (skills, ["--layers", 0], "--layers"),
+        (skills, ["--width", 20], "--width"),
+        (skills, ["--chunk", 1, 3], "--chunk"),
+        (policy, ["--channels", 9], "--channels"),
+        (policy, ["--patch", 5], "--patch 5"),
+        (policy, ["--demos", 0], "--demos"),
+        (policy, ["--demos", 1.5], "--demos"),
+        (policy, ["--variant", "flat", "--demos", 99], "--demos 99: task"),
         (policy, ["--video", "puppet"], "choose from hand, robot"),
         (policy, ["--variant", "flat", "--tasks", 10], "there are 10 tasks"),
+        (eval_libero, ["--demos", 7], "policy_hilam_7.pt"),
         (eval_libero, ["--suite", "libero_kitchen"], "libero_object"),
         (eval_libero, ["--suite", "libero_object"], "pip install"),
     ],
