@@ -271,9 +271,7 @@ def open_sets(paths):
             fail(f"{key} of different widths, so of different robots: {widths}")
     for dataset in sets:
         if all(episode["split"] != "val" for episode in dataset.episodes):
-            print(
-                f"{dataset.name}: no episode is held out, so its figures are of training episodes"
-            )
+            print(f"{dataset.name}: no episode is held out; figures are of training episodes")
     return sets
 
 
@@ -308,9 +306,8 @@ def pack(out, episodes, total=None, upside_down=False, phases=(), skipped=()):
         write(whole / "episodes.json", info | {"episodes": records})
         if not out.exists():  # else another process packed it meanwhile, and its set is used
             whole.rename(out)
-    print(f"{out}: {len(records)} episodes, arrays {', '.join(arrays)}")
-    if skipped:
-        print(f"{len(skipped)} not read, or not to their end: see {out}/skipped.txt")
+    problems = f"; {len(skipped)} unreadable in part, see skipped.txt" if skipped else ""
+    print(f"{out}: {len(records)} episodes, arrays {', '.join(arrays)}{problems}")
 
 
 # --------------------------------------------------------------------------------- the toy world

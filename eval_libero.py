@@ -23,6 +23,7 @@ import os
 import tempfile
 import zlib
 from ctypes.util import find_library
+from importlib.metadata import version
 from multiprocessing.connection import wait
 from pathlib import Path
 from xml.etree import ElementTree
@@ -40,6 +41,7 @@ from policy import amount, load_agent
 
 LIMITS = {"toy": data.TOY_LIMIT, "libero_spatial": 220, "libero_object": 280}
 LIMITS |= {"libero_goal": 300, "libero_10": 520}  # the most steps of an episode
+TIMEOUT = 900  # seconds: LIBERO's reset tries again for ever when it fails
 CAMERAS = {"frames": "agentview_image", "wrist": "robot0_eye_in_hand_image"}
 
 
@@ -281,7 +283,10 @@ class LiberoPool:
             pipe.send(chunk)
             self.busy[pipe] = job
         ended = []
-        for pipe in wait(list(self.busy)):
+        ready = wait(list(self.busy), timeout=TIMEOUT)
+        if not ready:
+            fail(f"no simulator has answered for {TIMEOUT} s; start again to go on")
+        for pipe in ready:
             try:
                 message = pipe.recv()
             except EOFError:
@@ -389,6 +394,11 @@ def evaluate(args, out, name, demos):
     limit = args.max_steps or LIMITS[args.suite]
     settings = {"suite": args.suite, "policy": trained, "execute": execute, "limit": limit}
     settings |= {key: getattr(args, key) for key in ("seed", "settle", "clear", "replay")}
+    if not toy:
+        settings |= {name: version(name) for name in ("libero", "robosuite", "mujoco")}
+        settings["renderer"] = os.environ["MUJOCO_GL"]
+    for path in Path(args.replay).glob("*_demo.hdf5") if args.replay else []:
+        settings[path.name] = path.stat().st_mtime
     log = Path(out, f"{stem}.jsonl")
     records = read_records(log, settings)
     if not records:
@@ -408,8 +418,7 @@ def evaluate(args, out, name, demos):
     results = [records[job] for job in wanted]
     tasks = {str(t): rate([r for r in results if r["task"] == t]) for t in args.tasks}
     report = {"variant": name, "demos": demos} | rate(results) | {"per_task": tasks}
-    report |= {"settings": settings, "renderer": os.environ.get("MUJOCO_GL")}
-    write(Path(out, f"{stem}.json"), report)
+    write(Path(out, f"{stem}.json"), report | {"settings": settings})
     return report
 
 

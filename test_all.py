@@ -700,7 +700,7 @@ def test_clips_that_cannot_be_read_are_skipped_and_named(tmp_path, capsys):
     assert packed.length[0] == 12 and 1 < packed.length[1] < 12
     skipped = (tmp_path / "set/skipped.txt").read_text().splitlines()
     assert [line.split(":")[0] for line in skipped] == ["bad", "half", "still"]
-    assert "3 not read, or not to their end" in capsys.readouterr().out
+    assert "3 unreadable in part" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------- training and resuming
