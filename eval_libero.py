@@ -251,6 +251,7 @@ class LiberoPool:
 
     def __init__(self, jobs, args, size):
         self.size = size
+        self.jobs = jobs
         self.left = enumerate(jobs)
         self.busy = {}  # {pipe: job} of the workers that simulate
         self.seen = {}  # {job: (pipe, observation)} of those that wait for a decision
@@ -289,11 +290,12 @@ class LiberoPool:
         for pipe in ready:
             try:
                 message = pipe.recv()
-            except EOFError:
-                message = "the process died"
-            if isinstance(message, str):
-                fail(f"a LIBERO worker stopped: {message}")
+            except (EOFError, OSError):
+                message = "the simulator died"
             job = self.busy.pop(pipe)
+            if isinstance(message, str):
+                task, episode = self.jobs[job]
+                fail(f"task {task}, episode {episode}: {message}; start again to go on")
             if isinstance(message, dict):
                 self.seen[job] = (pipe, message)
             else:

@@ -35,7 +35,8 @@ def get_args():
     add = parser.add_argument_group("H-Net").add_argument
     add("--chunk", type=number(float, 1.5), nargs="+", default=[15.0, 3.0], help="N of each stage")
     add("--least", type=COUNT, default=5, help="shortest chunk of stage 1 in frames; H-Net: 1")
-    add("--skill", choices=["ahead", "first"], default="ahead", help="mean ahead; HiLAM: first")
+    rules = ["plan", "ahead", "first"]
+    add("--skill", choices=rules, default="plan", help="see skill_vectors; HiLAM: first")
     add("--width", type=WIDTH, default=64, help="of a vector")
     add("--layers", type=COUNT, default=4, help="blocks in an encoder, a decoder; twice at the top")
     add("--rec", type=REAL, default=0.1, help="weight of L_rec; 0: off")
@@ -192,22 +193,29 @@ def frame_rate(routings):
     return boundaries[1:], vectors
 
 
+def next_starts(boundary):
+    """Of every frame the one at which the next segment begins, (T,), from boundary (T,)."""
+    return np.append(np.flatnonzero(boundary), len(boundary))[np.cumsum(boundary)]
+
+
 def sum_ahead(values, boundary):
-    """The sums of values (T, D) from each frame to its segment's end, and of how many, (T, 1)."""
-    segment = np.cumsum(boundary) - 1  # of each frame
-    ends = np.append(np.flatnonzero(boundary)[1:], len(boundary))[segment]
+    """The sums of values (T, D) from each frame to its segment's end."""
     total = np.pad(np.cumsum(values, 0, np.float64), ((1, 0), (0, 0)))  # row t: all before t
-    return total[ends] - total[:-1], (ends - np.arange(len(ends)))[:, None]
+    return total[next_starts(boundary)] - total[:-1]
 
 
-def skill_vectors(vectors, boundary, rule):
-    """The skill of every frame, (T, D), from vectors (T, D) and boundary (T,): the vector at its
-    segment's first frame (first), or the mean from it to the segment's end (ahead)."""
+def skill_vectors(vectors, boundary, rule, last):
+    """The skill of every frame, from vectors (T, D), boundary (T,) and the last frame of each one's
+    episode (T,): the vector at its segment's first frame (first), the mean from it to the segment's
+    end (ahead), or this and the mean of the next segment, side by side (plan, (T, 2 D))."""
     if rule == "first":
         k = np.cumsum(boundary) - 1  # k_t, counted from 0
         return vectors[np.flatnonzero(boundary)[k]]  # zbar_t = z_{k_t}
-    total, count = sum_ahead(vectors, boundary)
-    return (total / count).astype(np.float32)
+    count = next_starts(boundary) - np.arange(len(boundary))
+    ahead = (sum_ahead(vectors, boundary) / count[:, None]).astype(np.float32)
+    if rule == "ahead":
+        return ahead
+    return np.concatenate([ahead, ahead[np.minimum(next_starts(boundary), last)]], axis=1)
 
 
 def uniform_boundaries(boundary, starts, lengths):
@@ -326,7 +334,7 @@ def boundary_f1(sets, latents, found, even, gap):
 def skill_r2(dataset, skills, boundary):
     """R2 from skills, held out: of the action, and of its sum to the segment's end (no gripper)."""
     action = np.asarray(dataset.true_actions(), np.float64)
-    way, _ = sum_ahead(action[:, :-1], boundary)
+    way = sum_ahead(action[:, :-1], boundary)
     train, val = dataset.rows(dataset.split("train")), dataset.rows(dataset.split("val"))
     r2 = [ridge(skills[train], y[train], skills[val], y[val]) for y in (action, way)]
     return {"action_r2": r2[0], "segment_end_r2": r2[1]}
@@ -368,7 +376,8 @@ def report(args, model, sets, latents, gap, device):
         print(f"  stage {s + 1}: every {positions / kept:.1f} positions, F1 {scores}")
         for dataset, stages, found_at, uniform_at in zip(sets, vectors, marks, even, strict=True):
             for kind, cut in (("skills", found_at), ("uniform", uniform_at)):
-                skill = skill_vectors(stages[s], cut, args.skill)
+                last = np.repeat(dataset.start + dataset.length - 1, dataset.length)
+                skill = skill_vectors(stages[s], cut, args.skill, last)
                 write(Path(args.out, f"{kind}{s + 1}.{dataset.name}.npy"), skill)
                 if dataset.true_actions() is not None:
                     says = row[f"{kind}_says"] = skill_r2(dataset, skill, cut)

@@ -291,16 +291,20 @@ def test_skills_at_frame_rate_equal_the_loop(stages, gap):
             assert found.tolist() == frames
 
 
-@pytest.mark.parametrize("rule", ["first", "ahead"])
-def test_skill_is_the_first_vector_or_the_mean_from_the_frame_to_the_segments_end(rule):
+@pytest.mark.parametrize("rule", ["first", "ahead", "plan"])
+def test_skill_is_the_first_vector_or_what_is_ahead_in_this_segment_and_the_next(rule):
     vectors = noise(10, 4).numpy()
-    boundary = np.array([1, 0, 0, 1, 1, 0, 0, 0, 1, 0], bool)
+    boundary = np.array([1, 0, 0, 1, 1, 0, 0, 0, 1, 0], bool)  # episodes: 0 to 3, 4 to 9
+    last = np.repeat([3, 9], [4, 6])
 
-    found = skills.skill_vectors(vectors, boundary, rule)
+    found = skills.skill_vectors(vectors, boundary, rule, last)
 
+    following = {0: vectors[3], 3: vectors[3], 4: vectors[8:].mean(0), 8: vectors[9]}
     for begin, end in ((0, 3), (3, 4), (4, 8), (8, 10)):
         for t in range(begin, end):
-            expected = vectors[begin] if rule == "first" else vectors[t:end].mean(0)
+            ahead = vectors[t:end].mean(0)
+            both = np.concatenate([ahead, following[begin]])
+            expected = {"first": vectors[begin], "ahead": ahead, "plan": both}[rule]
             assert np.allclose(found[t], expected, atol=1e-6)
 
 
@@ -815,6 +819,16 @@ def test_success_counts_and_ends_the_episode_at_once(folder, monkeypatch):
     records = [json.loads(line) for line in log.read_text().splitlines()]
     found = [(record["task"], record["success"], record["steps"]) for record in records]
     assert sorted(found) == [(0, False, 6), (3, True, 1)]
+
+
+def test_simulator_that_stops_is_named_by_its_task_and_episode(capsys):
+    args = SimpleNamespace(workers=1, suite="nowhere")
+    pool = eval_libero.LiberoPool([(3, 7)], args, 32)
+
+    with pytest.raises(SystemExit):
+        pool.execute([], [])
+
+    assert "task 3, episode 7: " in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
