@@ -154,12 +154,12 @@ def checksum(*arrays):
 
 def load_checkpoint(path, stage, finished=True):
     """A stage's checkpoint, a dict; exits when it is missing, damaged, another's or unfinished."""
-    again = f"run `python {stage.split('_')[0]}.py` with the same --out first"
+    again = f"run `python {stage.split('_')[0]}.py` with the same --out"
     try:
         record = torch.load(path, map_location="cpu", weights_only=True)
         found, complete = record["stage"], record["step"] >= record["steps"]
     except Exception as error:
-        fail(f"{path} is not a readable checkpoint ({type(error).__name__}): {again}")
+        fail(f"{path} is missing or damaged ({type(error).__name__}): delete it, {again}")
     if found != stage:
         fail(f"{path} is a checkpoint of {found}, not of {stage}")
     if finished and not complete:
@@ -433,14 +433,15 @@ def toy_demonstrate(look, goal, seed, size):
     pause = int(rng.integers(3, 7))  # frames that it stays there
     angle, rest, velocity = 0.0, 0, np.zeros(2)  # by how much the heading is off; frames of rest
     states, film = [], []
-    plan = [(block, phase) for block in (0, 1) for phase in range(4)] + [(1, 4)] * pause
+    plan = [(block, name) for block in (0, 1) for name in TOY_PHASES[:4]]
+    plan += [(1, "retreat")] * pause
     while plan and len(film) < 200:
         block, phase = plan[0]
         hand, thing = world.hand[0], world.objects[0, goal[2 * block]]
         slot = world.objects[0, 4 + goal[2 * block + 1]] + [0.14 * block - 0.07, 0]  # of the tray
-        away = [thing - hand, thing - hand, slot - thing, thing - hand, home - hand][phase]
+        away = {"carry": slot - thing, "retreat": home - hand}.get(phase, thing - hand)
         distance = math.hypot(*away) + 1e-9
-        moving = phase % 2 == 0
+        moving = phase not in ("grasp", "release")
         angle = 0.85 * angle + 0.12 * rng.standard_normal()
         tired = moving and rest == 0 and rng.random() < 0.012
         rest = int(rng.integers(2, 5)) if tired else max(rest - 1, 0)
@@ -448,15 +449,16 @@ def toy_demonstrate(look, goal, seed, size):
         rotation = [[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]]
         pace = 0 if rest else min(speed, 0.7 * distance / MAX_STEP)
         velocity = moving * (0.4 * velocity + 0.6 * pace * (rotation @ away) / distance)
-        action = np.array([*velocity, 1 if phase in (1, 2) else -1], np.float32)
+        action = np.array([*velocity, 1 if phase in ("grasp", "carry") else -1], np.float32)
         proprio = world.proprio()[0]
         states.append([array.copy() for array in world.state()])
         world.step(action[None])
-        film.append((proprio, action, np.int8(phase), world.proprio()[0] - proprio))
-        shut, opened = world.opening[0] < 0.01, world.opening[0] > 0.99
-        if [distance < 0.05, shut, distance < 0.05, opened, True][phase]:
+        number = np.int8(TOY_PHASES.index(phase))
+        film.append((proprio, action, number, world.proprio()[0] - proprio))
+        done = {"grasp": world.opening[0] < 0.01, "release": world.opening[0] > 0.99}
+        if done.get(phase, distance < 0.05) or phase == "retreat":
             plan.pop(0)
-            velocity = velocity * (phase == 4)
+            velocity = velocity * (phase == "retreat")
     names = ["proprio", "actions", "truth_phase", "truth_motion"]
     arrays = dict(zip(names, map(np.stack, zip(*film, strict=True)), strict=True))
     states = map(np.concatenate, zip(*states, strict=True))
@@ -579,7 +581,7 @@ def video_images(video, fps):
         for _ in range(shown, due):
             yield frame.to_image().rotate(frame.rotation, expand=True)
         shown = due
-    if begin is not None and (video.duration or 0) / 1e6 > frame.time - begin + 1:
+    if begin is not None and 0.9e-6 * (video.duration or 0) > frame.time - begin + 1:
         raise ValueError(f"its header promises {video.duration / 1e6:.1f} seconds")
 
 
@@ -599,7 +601,7 @@ def read_clip(path, args):
             images = video_images(video, args.fps)
         for image in images:
             frames.append(resize([ImageOps.exif_transpose(image)], args.size, args.fit)[0])
-    except (av.FFmpegError, OSError, ValueError, IndexError, SyntaxError) as error:
+    except (av.FFmpegError, OSError, ValueError, IndexError, SyntaxError, TypeError) as error:
         problem = f"unreadable after {len(frames)} frames ({error})"
     if len(frames) < 2 and not problem:
         problem = "fewer than two frames"
@@ -638,7 +640,7 @@ def main():
     add("--fps", type=number(float, 0.1), help="video: frames a second; else as they are")
     add("--fit", choices=["crop", "squash"], default="crop", help="video: the middle, or squeezed")
     add("--workers", type=COUNT, default=os.cpu_count(), help="video: processes that decode")
-    add("--val", type=number(float, 0, 0.5), default=0.1, help="share of episodes held out")
+    add("--val", type=number(float, 0, 0.5), default=0.1, help="share held out; not for toy")
     args = parser.parse_args()
     if args.kind == "toy":
         if Path(args.out, "robot").exists():

@@ -6,7 +6,7 @@ fixed states, rests 10 steps so that objects fall into place, and succeeds when 
 so. The policy decides every --execute steps, for all simulators that wait for it as one batch.
 
     python eval_libero.py                            # toy world: HiLAM and flat, 100 episodes each
-    python eval_libero.py --suite libero_object --out out/libero_object --demos 5 --episodes 20
+    python eval_libero.py --suite libero_object --out out/libero_object --variant hilam --demos 5
     python eval_libero.py --suite libero_object --replay DATASETS/libero_object --out out/replay
 
 Adds a line an episode to OUT/eval_SUITE_NAME_DEMOS.jsonl, from which a killed evaluation goes on.
@@ -316,22 +316,21 @@ class Ensemble:
         """chunks (B, chunk, A), predicted now -> the next `execute` actions of each job."""
         actions = []
         for job, chunk in zip(waiting, chunks, strict=True):
-            age, total, weight = self.past.get(job, (0, np.zeros_like(chunk), np.zeros(len(chunk))))
+            age, total, weight = self.past.get(job, (0, 0 * chunk, np.zeros((len(chunk), 1))))
             total = total + math.exp(-0.01 * age) * chunk
             weight = weight + math.exp(-0.01 * age)
-            actions.append(total[:execute] / weight[:execute, None])
-            total = np.concatenate([total[execute:], np.zeros_like(total[:execute])])
-            weight = np.concatenate([weight[execute:], np.zeros(execute)])
+            actions.append(total[:execute] / weight[:execute])
+            later = ((0, execute), (0, 0))  # steps of which nothing is known yet
+            total, weight = np.pad(total[execute:], later), np.pad(weight[execute:], later)
             self.past[job] = (age + execute, total, weight)
         return np.stack(actions)
 
 
-def rate(results):
-    """Success of episodes, records with a key success: its share, Wilson's 95 % interval."""
-    wins = sum(record["success"] for record in results)
-    low, high = binomtest(wins, len(results)).proportion_ci(method="wilson")
-    ci95 = [round(float(low), 4), round(float(high), 4)]
-    return {"success_rate": round(wins / len(results), 4), "ci95": ci95, "episodes": len(results)}
+def rate(wins, episodes):
+    """Success in so many of the episodes: its share and Wilson's 95 % interval, in a dict."""
+    low, high = binomtest(wins, episodes).proportion_ci(method="wilson")
+    share, ci95 = round(wins / episodes, 4), [round(float(low), 4), round(float(high), 4)]
+    return {"success_rate": share, "ci95": ci95, "wins": wins, "episodes": episodes}
 
 
 def save_film(path, film, upside_down):
@@ -417,9 +416,11 @@ def evaluate(args, out, name, demos):
             file.write(json.dumps(record | {"settings": settings}) + "\n")
         outcome = "success" if success else "failure"
         save_film(Path(out, f"{stem}_task{job[0]}_{outcome}.gif"), film, not toy)
-    results = [records[job] for job in wanted]
-    tasks = {str(t): rate([r for r in results if r["task"] == t]) for t in args.tasks}
-    report = {"variant": name, "demos": demos} | rate(results) | {"per_task": tasks}
+    wins = dict.fromkeys(args.tasks, 0)
+    for task, episode in wanted:
+        wins[task] += records[task, episode]["success"]
+    report = {"variant": name, "demos": demos} | rate(sum(wins.values()), len(wanted))
+    report["per_task"] = {str(task): rate(n, args.episodes) for task, n in wins.items()}
     write(Path(out, f"{stem}.json"), report | {"settings": settings})
     return report
 
@@ -435,9 +436,8 @@ def summarise(reports, suite, path):
     for i, (name, row) in enumerate(cells.items()):
         points = []  # success, its distance to the interval's lower and upper end
         for demos, runs in row.items():
-            wins = sum(round(run["success_rate"] * run["episodes"]) for run in runs)
             episodes = sum(run["episodes"] for run in runs)
-            total = rate([{"success": k < wins} for k in range(episodes)])
+            total = rate(sum(run["wins"] for run in runs), episodes)
             share, (low, high) = total["success_rate"], total["ci95"]
             points.append((share, share - low, high - share))
             figures = f"{share:8.2f}   [{low:.2f}, {high:.2f}]    {episodes:8d}"
@@ -462,6 +462,9 @@ def main():
         if args.suite == "toy" or not list(Path(args.replay).glob("*_demo.hdf5")):
             fail(f"--replay {args.replay}: for LIBERO's suites, a folder of *_demo.hdf5 files")
         policies = [("replay", 0)]
+    for name, demos in policies if not args.replay else []:  # all there, before the first starts
+        for out in args.out:
+            load_agent(out, name, demos, "cpu")
     with tempfile.TemporaryDirectory() as folder:
         if args.suite != "toy":
             prepare_libero(folder)

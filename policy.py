@@ -16,7 +16,7 @@ actions in chunks. The flat baseline is pi_l alone, told the text.
     python policy.py --variant flat_z0  # pretrained on the same video, but without hierarchy
 
 Writes to OUT: policy_NAME_DEMOS.pt .json .png (actions of a held-out demonstration) and a log with
-its curve, the same of policy_pretrain_...; NAME is the variant with --video and --tasks.
+its curve, the same of policy_pretrain_...; NAME is the variant with --video, lowtext, --tasks.
 """
 
 import functools
@@ -61,7 +61,7 @@ def get_args():
     add = parser.add_argument_group("experiment").add_argument
     add("--variant", choices=VARIANTS, default="hilam", help="a row of the paper's Table 1")
     add("--demos", type=amount, default=0.1, help="labelled demonstrations a task: 5, or share 0.1")
-    add("--tasks", type=number(int, 0), nargs="+", help="labelled tasks, numbered by name")
+    add("--tasks", type=number(int, 0), nargs="+", help="labelled tasks, numbered by their names")
     add("--pretrain-steps", type=COUNT, default=2500, help="besides --steps of fine-tuning")
     add("--video", nargs="+", help="names of the sets to pretrain on, if not all of --data")
     add("--low-text", action="store_true", help="tell pi_l the text as well as the skill")
@@ -74,8 +74,8 @@ def get_args():
     add("--layers", type=number(int, 0), default=2, help="blocks; BAKU: 8; 0: an MLP of all tokens")
     add("--warp", type=REAL, default=0.0, help="random affine maps of the images; LIBERO: 0.15")
     add("--batch", type=COUNT, default=64, help="frames a step and process, equally of each set")
-    add("--lr", type=number(float, 1e-9), default=7e-4, help="peak, for new weights, of AdamW")
-    add("--finetune-lr", type=number(float, 1e-9), default=3e-4, help="peak, for pretrained ones")
+    add("--lr", type=number(float, 1e-9), default=7e-4, help="peak rate of AdamW, all weights new")
+    add("--finetune-lr", type=number(float, 1e-9), default=3e-4, help="the same, after pretraining")
     add("--bf16", action="store_true", help="compute in bfloat16 where it is safe: for GPUs")
     add("--compile", action="store_true", help="torch.compile the networks: for GPUs")
     return parser.parse_args()
@@ -194,12 +194,13 @@ class Policy(nn.Module):
         told = [] if self.text is None else [self.text(sentence)]
         if self.skill is not None:
             told.append(self.skill(skill))
-        condition = told[0].repeat_interleave(cameras, 0)  # one encoder for all cameras, as in BAKU
+        first, *others = told  # the first also steers the image encoder, one for all cameras
+        condition = first.repeat_interleave(cameras, 0)
         seen = self.image(images.flatten(0, 1), condition).view(b, cameras, -1)
         missing = self.no_camera.expand(b, self.cameras - cameras, -1)
         body = self.no_proprio.expand(b, -1) if proprio is None else self.proprio(proprio)
-        last = torch.stack([body, *told[1:], self.action.expand(b, -1)], dim=1)
-        tokens = torch.cat([told[0][:, None], seen, missing, last], dim=1)
+        last = torch.stack([body, *others, self.action.expand(b, -1)], dim=1)
+        tokens = torch.cat([first[:, None], seen, missing, last], dim=1)
         mixed = self.mix(tokens + self.kind).view(b, -1, tokens.shape[-1])
         return self.head(mixed[:, -1]).view(b, self.chunk, -1)  # read at ACTION
 
@@ -307,6 +308,8 @@ def labelled_episodes(dataset, demos, tasks):
     names = sorted(set(of), key=natural)
     if tasks and max(tasks) >= len(names):
         fail(f"--tasks {max(tasks)}: there are {len(names)} tasks, numbered from 0")
+    if tasks:
+        print(f"labelled: {', '.join(names[i] for i in tasks)}")
     chosen = []
     for i in tasks or range(len(names)):
         episodes = train[of == names[i]]
@@ -340,6 +343,7 @@ def prepare_pretraining(args, sets, shape):
         skills = standardise([load_rows(d, args.out, skill) for d in video], rows)
         shape = shape | {"skill": skills[0].shape[1]}
     cameras = 1 + all(d.wrist is not None for d in video)  # people's video has one
+    cameras = min(cameras, shape["cameras"])
     shape = shape | {"high_cameras": cameras, "target": targets[0].shape[1]}
     parts = zip(video, episodes, targets, skills, strict=True)
     return Agent(shape, vars(args)), [Labels(*part, None, gap, cameras) for part in parts]
@@ -396,7 +400,8 @@ def report(args, name, agent, dataset):
     print(f"held-out demonstrations: l1 error of the action over predicting the mean {error:.2f}")
     write(Path(args.out, f"{name}.json"), {"action_error": round(error, 4)})
     figure = Figure((9, 1.4 * true.shape[1]), layout="constrained")
-    for d, axis in enumerate(figure.subplots(true.shape[1], sharex=True)):
+    axes = figure.subplots(true.shape[1], sharex=True, squeeze=False)[:, 0]
+    for d, axis in enumerate(axes):
         axis.plot(true[: len(found[0]), d], "k", label="demonstration")
         axis.plot(found[0][:, d], "tab:orange", label=args.variant)
         axis.set_ylabel(f"action {d}")
@@ -411,7 +416,7 @@ def run_name(args, phase):
     if phase == "pretrain":
         return "_".join(["policy_pretrain", *filter(None, VARIANTS[args.variant]), *parts])
     if args.tasks:
-        parts.append("tasks" + "".join(map(str, args.tasks)))
+        parts.append("tasks" + "-".join(map(str, args.tasks)))
     return "_".join(["policy", args.variant, *parts, str(args.demos)])
 
 
@@ -422,12 +427,12 @@ def main():
     labelled = [d for d in sets if d.actions is not None]
     if not labelled or any(d.proprio is None for d in labelled):
         fail("fine-tuning needs a packed set with actions, and proprio beside them")
-    cameras = 1 + any(d.wrist is not None for d in sets)
+    cameras = 1 + all(d.wrist is not None for d in labelled)
     shape = {"size": sets[0].frames.shape[1], "cameras": cameras, "high_cameras": cameras}
     shape["proprio"] = labelled[0].proprio.shape[1]
-    shape["skill"] = 64 if VARIANTS[args.variant][0] else 0
-    agent = None
-    for phase in ["finetune"] if VARIANTS[args.variant][1] is None else ["pretrain", "finetune"]:
+    shape["skill"] = 64 if VARIANTS[args.variant][0] else 0  # pretraining sets it to the skills'
+    agent, pretrained = None, VARIANTS[args.variant][1] is not None
+    for phase in ["pretrain", "finetune"] if pretrained else ["finetune"]:
         torch.manual_seed(args.seed)
         name = run_name(args, phase)
         settings = vars(args) | {"world": world}
@@ -441,7 +446,7 @@ def main():
             agent, labels = prepare_finetuning(args, labelled, shape, agent)
         sample = get_batch(labels, 256, args, np.random.default_rng(0))
         begin_with = [*sample.values(), *agent.state_dict().values()]
-        settings["begin_with"] = data.checksum(*[x.numpy() for x in begin_with])
+        settings["begin_with"] = data.checksum(*[x.cpu().numpy() for x in begin_with])
         agent.to(device)
         learning = [p for p in agent.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(learning, lr=peak, weight_decay=1e-3, fused=True)
@@ -456,15 +461,15 @@ def main():
         for step in tqdm(range(first, steps), name, disable=rank > 0 or None):
             rng = np.random.default_rng([args.seed, step])  # chance hangs on seed and step alone,
             torch.manual_seed(args.seed * 1_000_003 + step)  # so a resumed run repeats itself
-            share = 0.525 + 0.475 * math.cos(math.pi * step / steps)  # a cosine to a twentieth
+            cosine = 0.525 + 0.475 * math.cos(math.pi * step / steps)  # from 1 to a twentieth
             for group in optimizer.param_groups:
-                group["lr"] = peak * share * min(1, (step + 1) / 100)  # after a warm-up
+                group["lr"] = peak * cosine * min(1, (step + 1) / 100)  # after a warm-up
             batch = get_batch(labels, args.batch * world, args, rng)
             batch = {key: x.to(device) for key, x in batch.items()}
             batch["images"] = augment(batch["images"], args.warp)
             batch = {key: x[rank::world] for key, x in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, args.bf16):
-                losses = wrapped(**batch)  # of pi_h the skill's, of pi_l the action's
+                losses = wrapped(**batch)  # pretraining: of skill and latents; then: of actions
             optimizer.zero_grad(set_to_none=True)
             sum(losses.values()).backward()
             norm = nn.utils.clip_grad_norm_(learning, 1.0)

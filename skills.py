@@ -9,7 +9,8 @@ arXiv 2603.05815, section 3.2; H-Net, arXiv 2507.07955).
 
 Expect on the toy world: F1 of stage 1's boundaries with grasps and releases above 0.9, of a uniform
 cut 0.25. Writes to OUT skills.pt, .json, .png, the log, and for each set boundaries.SET.npy (T,
-stages), skills<s>.SET.npy (T, width), a frame's skill, and uniform<s>.SET.npy, of a uniform cut.
+stages), skills<s>.SET.npy (T, 2 width), a frame's skill (its rest and the next one, see --skill),
+and uniform<s>.SET.npy, the same of a uniform cut.
 """
 
 import math
@@ -36,7 +37,7 @@ def get_args():
     add("--chunk", type=number(float, 1.5), nargs="+", default=[15.0, 3.0], help="N of each stage")
     add("--least", type=COUNT, default=5, help="shortest chunk of stage 1 in frames; H-Net: 1")
     rules = ["plan", "ahead", "first"]
-    add("--skill", choices=rules, default="plan", help="see skill_vectors; HiLAM: first")
+    add("--skill", choices=rules, default="plan", help="what a skill tells; HiLAM: first vector")
     add("--width", type=WIDTH, default=64, help="of a vector")
     add("--layers", type=COUNT, default=4, help="blocks in an encoder, a decoder; twice at the top")
     add("--rec", type=REAL, default=0.1, help="weight of L_rec; 0: off")
@@ -59,15 +60,16 @@ def ste(c):
 
 def route(q, k, mask, least=1, apart=1):
     """Boundary probability p_t and boundaries b_t, (B, L), of q, k (B, L, D) (H-Net, eq. 4).
-    No chunk is shorter than least; where adjacent vectors overlap, k_t meets q_{t-apart}."""
-    t = (torch.arange(1, q.shape[1], device=q.device) - apart).clamp_min(0)
-    before, now = q[:, t], k[:, 1:]
+    No chunk is shorter than least or apart: where vectors overlap, k_t meets q_{t-apart}."""
+    t = torch.arange(1, q.shape[1], device=q.device)
+    before, now = q[:, (t - apart).clamp_min(0)], k[:, 1:]
     norms = torch.linalg.vecdot(before, before) * torch.linalg.vecdot(now, now)
     cosine = torch.linalg.vecdot(before, now) * norms.clamp_min(1e-16).rsqrt()  # cos(q_{t-1}, k_t)
     p = F.pad((1 - cosine) / 2, (1, 0), value=1.0)  # p_1 = 1
     boundary = (p >= 0.5) & mask
-    for t in range(1, p.shape[1] if max(least, apart) > 1 else 0):
-        boundary[:, t] &= ~boundary[:, max(0, t + 1 - max(least, apart)) : t].any(1)
+    shortest = max(least, apart)
+    for t in range(1, p.shape[1] if shortest > 1 else 0):
+        boundary[:, t] &= ~boundary[:, max(0, t + 1 - shortest) : t].any(1)
     return p, boundary
 
 
@@ -85,12 +87,13 @@ def dechunk(x, p, boundary, position):
     recurrence is a product with W_mn = p_n (1 - p_{n+1}) ... (1 - p_m), made in log space."""
     kept = p.gather(1, position).clamp(1e-4, 1 - 1e-4)  # p_m (B, M)
     log = torch.log1p(-kept).cumsum(1)
-    ratio = (log[:, :, None] - log[:, None, :]).tril().exp()  # tril: nothing above it overflows
-    weights = ratio.tril() * kept[:, None, :]  # W
+    ratio = log[:, :, None] - log[:, None, :]
+    # the first tril: nothing overflows; the second: no weight on later chunks
+    weights = ratio.tril().exp().tril() * kept[:, None, :]  # W
     y = weights @ x  # (B, M, D)
     which = (boundary.long().cumsum(1) - 1).clamp_min(0)  # (B, L) the chunk of each position
     first_row = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-    spread = F.embedding(which + first_row, y.flatten(0, 1))
+    spread = F.embedding(which + first_row, y.flatten(0, 1))  # a gather with a fast backward
     c = torch.where(boundary, p, 1 - p)  # c_t, how sure the router is of b_t
     return spread * ste(c)[..., None]
 
@@ -184,13 +187,14 @@ class HNet(nn.Module):
 
 def frame_rate(routings):
     """All stages at frame rate: lists of boundaries (B, L) and the encoder's vectors (B, L, D)."""
-    boundaries, vectors = [torch.ones_like(routings[0].boundary)], []  # below: every frame
+    boundaries, vectors = [], []
+    kept = torch.ones_like(routings[0].boundary)  # the frames at which this stage has a position
     for routing in routings:
-        # index: the position of this stage that each frame belongs to
-        index = (boundaries[-1].long().cumsum(1) - 1).clamp_min(0)
+        index = (kept.long().cumsum(1) - 1).clamp_min(0)  # the position each frame belongs to
         vectors.append(torch.take_along_dim(routing.vectors, index[..., None], dim=1))
-        boundaries.append(boundaries[-1] & routing.boundary.gather(1, index))
-    return boundaries[1:], vectors
+        kept = kept & routing.boundary.gather(1, index)
+        boundaries.append(kept)
+    return boundaries, vectors
 
 
 def next_starts(boundary):
@@ -211,11 +215,11 @@ def skill_vectors(vectors, boundary, rule, last):
     if rule == "first":
         k = np.cumsum(boundary) - 1  # k_t, counted from 0
         return vectors[np.flatnonzero(boundary)[k]]  # zbar_t = z_{k_t}
-    count = next_starts(boundary) - np.arange(len(boundary))
-    ahead = (sum_ahead(vectors, boundary) / count[:, None]).astype(np.float32)
-    if rule == "ahead":
-        return ahead
-    return np.concatenate([ahead, ahead[np.minimum(next_starts(boundary), last)]], axis=1)
+    following = next_starts(boundary)
+    count = following - np.arange(len(boundary))
+    ahead = (sum_ahead(vectors, boundary) / count[:, None]).astype(np.float32)  # zbar_t
+    after = ahead[np.minimum(following, last)]  # in an episode's last segment its last vector
+    return ahead if rule == "ahead" else np.concatenate([ahead, after], axis=1)
 
 
 def uniform_boundaries(boundary, starts, lengths):
@@ -284,9 +288,9 @@ def segment(model, dataset, latents, gap, device):
         marks, vectors = frame_rate(routings)
         e, frame = np.nonzero(np.arange(length.max()) < length)  # all frames of the group
         last = np.minimum(frame, known[e, 0] - 1)  # frames without a latent: in the last segment
-        arrays = [x.cpu().numpy()[e, last] for x in (torch.stack(marks, -1), prediction, *vectors)]
-        arrays[0] &= (frame == last)[:, None]  # no boundary where there is no latent
-        parts.append(arrays)
+        marks = torch.stack(marks, -1).cpu().numpy()[e, last]
+        marks &= (frame == last)[:, None]  # no boundary where there is no latent
+        parts.append([marks, *(x.cpu().numpy()[e, last] for x in (prediction, *vectors))])
     boundaries, prediction, *vectors = (np.concatenate(x) for x in zip(*parts, strict=True))
     return boundaries, vectors, prediction
 
@@ -348,7 +352,8 @@ def draw(path, sets, boundaries):
         rows = dataset.rows(dataset.split("val")[:1])[::2]
         for line in np.array_split(rows, -(-len(rows) // 20)):
             for c, t in enumerate(line):
-                marks[len(strip), c] = colours[min(b[t : t + 2].any(0).sum(), 3)]
+                both = b[[t, min(t + 1, rows[-1])]]  # the frame shown and the one after it
+                marks[len(strip), c] = colours[min(both.any(0).sum(), 3)]
             strip.append((dataset.name, dataset.upright(dataset.frames[line])))
     draw_strip(path, strip, "every second frame; orange: stage 1 cuts, red: stage 2 as well", marks)
 
@@ -409,15 +414,16 @@ def main():
     used = [dataset.rows(dataset.split("train"), lam.gap) for dataset in sets]
     latents, scale = zip(*map(standardise, raw, used), strict=True)
     episodes = [[e for e in d.split("train") if d.length[e] > lam.gap + 1] for d in sets]
-    if not all(episodes):
-        fail(f"all episodes of a set are shorter than {lam.gap + 2} frames, the gap and two more")
+    held_out = [dataset.rows(dataset.split("val"), lam.gap + 1) for dataset in sets]
+    if min(map(len, episodes + held_out)) == 0:
+        fail(f"a set has no episode of {lam.gap + 2} frames (gap + 2) to train on, or held out")
     shape = raw[0].shape[1], args.width, len(args.chunk)
     model = HNet(*shape, args.layers, args.least, lam.gap).to(device)
-    groups = {args.slow[0]: [], args.slow[1]: [], 1.0: []}  # shares of the rate; k stays near z
+    shares = {args.slow[0]: [], args.slow[1]: [], 1.0: []}  # of the rate; k stays near z
     for name, parameter in model.named_parameters():
         share = args.slow[0] if "embed" in name or ".k." in name else 1.0
-        groups[args.slow[1] if "encoder" in name else share].append(parameter)
-    groups = [{"params": parameters, "share": share} for share, parameters in groups.items()]
+        shares[args.slow[1] if "encoder" in name else share].append(parameter)
+    groups = [{"params": parameters, "share": share} for share, parameters in shares.items()]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.01)
     settings = vars(args) | {"data": data.checksum(*raw)}
     path = Path(args.out, "skills.pt")
@@ -426,9 +432,9 @@ def main():
     for step in tqdm(range(first, args.steps), "skills", disable=None):
         rng = np.random.default_rng([args.seed, step])  # chance hangs on seed and step alone, so
         torch.manual_seed(args.seed * 1_000_003 + step)  # a resumed run repeats itself exactly
-        share = 0.525 + 0.475 * math.cos(math.pi * step / args.steps)  # a cosine to a twentieth
+        cosine = 0.525 + 0.475 * math.cos(math.pi * step / args.steps)  # from 1 to a twentieth
         for group in optimizer.param_groups:
-            group["lr"] = group["share"] * args.lr * share * min(1, (step + 1) / 100)
+            group["lr"] = group["share"] * args.lr * cosine * min(1, (step + 1) / 100)
         z, mask, rows, source = get_batch(sets, latents, episodes, lam.gap, args, rng)
         z, mask = z.to(device), mask.to(device)
         prediction, routings = model(z, mask)

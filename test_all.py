@@ -387,7 +387,6 @@ def test_probe_reads_true_motion_from_motion(trained):
 
     figures = lam.probe(sets, [np.array(dataset.open("truth_motion")) for dataset in sets], 1)
 
-    assert min(figures["transfer_r2"]) > 0.99
     assert min(figures["action_r2"][:2]) > 0.9 and figures["gripper_f1"] > 0.9
 
 
@@ -396,7 +395,7 @@ def test_probe_reads_nothing_from_a_random_latent(trained):
 
     figures = lam.probe(sets, [noise(dataset.total, 8).numpy() for dataset in sets], 1)
 
-    assert max(*figures["transfer_r2"], *figures["action_r2"], figures["gripper_f1"]) < 0.3
+    assert max(*figures["action_r2"], figures["gripper_f1"]) < 0.3
 
 
 # ----------------------------------------------------------------------------------------- policy
@@ -792,9 +791,9 @@ def test_keep_grip_holds_the_last_clear_command():
 
 
 def test_rate_has_wilsons_interval():
-    found = eval_libero.rate([{"success": i < 7} for i in range(10)])
+    found = eval_libero.rate(7, 10)
 
-    assert found == {"success_rate": 0.7, "ci95": [0.3968, 0.8922], "episodes": 10}
+    assert found == {"success_rate": 0.7, "ci95": [0.3968, 0.8922], "wins": 7, "episodes": 10}
 
 
 def test_interrupted_evaluation_goes_on_and_repeats_nothing(folder):
@@ -908,7 +907,7 @@ def edit(path, **change):
     [
         ("skills.pt", lambda p: shutil.copy(p.with_name("lam.pt"), p), skills, "not of skills"),
         ("lam.pt", lambda p: edit(p, model={}), lam, "another shape"),
-        ("lam.pt", lambda p: os.truncate(p, 3000), lam, "not a readable checkpoint"),
+        ("lam.pt", lambda p: os.truncate(p, 3000), lam, "missing or damaged"),
         ("lam.pt", lambda p: edit(p, step=2), skills, "stopped at step 2 of 4"),
         ("policy_hilam_1.pt", lambda p: edit(p, step=3), eval_libero, "stopped at step 3 of 4"),
         ("latents.hand.npy", Path.unlink, skills, "run `python lam.py`"),
