@@ -36,8 +36,9 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 
 import data
-from data import COUNT, REAL, SEED, TASKS, fail, number, write
-from policy import amount, load_agent
+from data import COUNT, GOALS, REAL, SEED, TASKS, fail, number, write
+from policy import VARIANTS, amount, load_agent, standardise
+from skills import load_rows, read_skills
 
 LIMITS = {"toy": data.TOY_LIMIT, "libero_spatial": 220, "libero_object": 280}
 LIMITS |= {"libero_goal": 300, "libero_10": 520}  # the most steps of an episode
@@ -59,6 +60,11 @@ def get_args():
     add("--settle", type=COUNT, default=10, help="LIBERO: steps of rest before the policy acts")
     add("--clear", type=REAL, default=0.5, help="LIBERO: grip commands within +-this are ignored")
     add("--workers", type=COUNT, default=2, help="LIBERO: simulators, a process each")
+    add(
+        "--prompt",
+        choices=["video", "other"],
+        help="toy: a hand's video, not a text, tells the task",
+    )
     add("--replay", metavar="DIR", help="LIBERO: play the demonstrations of DIR's HDF5 files")
     add("--seed", type=SEED, default=0, help="of the environments")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -69,19 +75,28 @@ def get_args():
 class ToyPool:
     """All episodes at once. jobs: a list of (task, episode), called by their places in it."""
 
-    def __init__(self, jobs, limit, size, seed):
+    def __init__(self, jobs, limit, size, seed, prompt=None):
         self.goals = [TASKS[task] for task, _ in jobs]
-        seeds = [[7_000_000 + seed, *job] for job in jobs]
-        self.world = data.ToyWorld(self.goals, seeds, size=size)
+        if prompt:  # all 48 goals, of which the robot was shown 10
+            self.goals = [GOALS[(5 * task + episode) % len(GOALS)] for task, episode in jobs]
+        self.seeds = [[7_000_000 + seed, *job] for job in jobs]
+        self.world = data.ToyWorld(self.goals, self.seeds, size=size)
+        self.prompts = None  # or for each job its video's skills, (T, D)
         self.alive = np.ones(len(jobs), bool)
         self.limit = limit
         self.steps = 0
 
     def observe(self):
-        """The jobs that wait for a decision (B,), frames, wrist (None here), proprio, texts."""
+        """The jobs that wait for a decision (B,), and for them the arguments of Agent.act: frames,
+        wrist (None here), proprio, texts, skill."""
         waiting = np.flatnonzero(self.alive)
         texts = [data.toy_text(self.goals[job]) for job in waiting]
-        return waiting, self.world.frames(waiting), None, self.world.proprio()[waiting], texts
+        skill = None
+        if self.prompts:  # at step t the skill of the video's frame t
+            told = [self.prompts[job] for job in waiting]
+            skill = np.stack([skills[min(self.steps, len(skills) - 1)] for skills in told])
+        proprio = self.world.proprio()[waiting]
+        return waiting, self.world.frames(waiting), None, proprio, texts, skill
 
     def execute(self, waiting, actions):
         """Take actions (B, n, A), n steps; returns a list of (job, success, steps) that ended."""
@@ -95,6 +110,28 @@ class ToyPool:
             ended += [(job, bool(success[job]), self.steps) for job in np.flatnonzero(over)]
             self.alive &= ~over
         return ended
+
+
+def read_prompts(pool, out, agent, device):
+    """For each job the skills (T, D), standardised as in pretraining, of a video in which a hand
+    does the job's task on its table: what tells the policy the task in place of a sentence."""
+    stage = VARIANTS[agent.settings["variant"]][0]
+    if stage is None:
+        fail("--prompt: this policy is flat, it follows no skills")
+    sets = data.open_sets(data.TOY_SETS)
+    pairs = zip(pool.goals, pool.seeds, strict=True)
+    films = [data.toy_demonstrate("hand", goal, seed, pool.world.size) for goal, seed in pairs]
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/videos"
+        data.pack(path, [("", "", "train", {"frames": film["frames"]}) for film in films])
+        video = data.Packed(path)
+        skills = read_skills(out, video, sets[0], stage, device)
+    seen = [d for d in sets if d.name in (agent.settings["video"] or ["hand", "robot"])]
+    gap = data.load_checkpoint(Path(out, "lam.pt"), "lam")["settings"]["gap"]
+    rows = [dataset.rows(dataset.split("train"), gap) for dataset in seen]
+    arrays = [load_rows(dataset, out, stage) for dataset in seen]
+    told = standardise([*arrays, skills], [*rows, np.zeros(0, int)])[-1]  # the last has no say
+    return np.split(told, video.start[1:])
 
 
 # ------------------------------------------------------------- LIBERO's simulators, a process each
@@ -270,12 +307,12 @@ class LiberoPool:
 
     def observe(self):
         if not self.seen:
-            return [], None, None, None, None
+            return [], None, None, None, None, None
         looks = [look for _, look in self.seen.values()]
         frames = data.resize(np.stack([look["frames"] for look in looks]), self.size)
         wrist = data.resize(np.stack([look["wrist"] for look in looks]), self.size)
         proprio = np.stack([look["proprio"] for look in looks])
-        return list(self.seen), frames, wrist, proprio, [look["text"] for look in looks]
+        return list(self.seen), frames, wrist, proprio, [look["text"] for look in looks], None
 
     def execute(self, waiting, actions):
         """As ToyPool's; then waits for a worker or more to be done."""
@@ -366,11 +403,10 @@ def run_episodes(jobs, pool, agent, execute):
     ensemble = Ensemble()
     films = {job: [] for job in range(len(jobs))}
     while films:
-        waiting, frames, wrist, proprio, texts = pool.observe()
+        waiting, frames, *rest = pool.observe()
         actions = []
         if len(waiting):
-            chunks = agent.act(frames, wrist, proprio, texts)
-            actions = ensemble(waiting, chunks, execute)
+            actions = ensemble(waiting, agent.act(frames, *rest), execute)
             for job, frame in zip(waiting, frames, strict=True):
                 films[job].append(frame)
         for job, success, steps in pool.execute(waiting, actions):
@@ -382,6 +418,7 @@ def evaluate(args, out, name, demos):
     device, _, _ = data.start(out, args.device)
     toy = args.suite == "toy"
     stem = f"eval_{args.suite}_{name}" + ("" if args.replay else f"_{demos}")
+    stem += f"_{args.prompt}" if args.prompt else ""
     agent, trained, size = None, None, None
     execute = args.execute or (1 if toy else 8)
     if not args.replay:
@@ -394,7 +431,7 @@ def evaluate(args, out, name, demos):
             fail(f"{path} is of other data than --suite {args.suite}")
     limit = args.max_steps or LIMITS[args.suite]
     settings = {"suite": args.suite, "policy": trained, "execute": execute, "limit": limit}
-    settings |= {key: getattr(args, key) for key in ("seed", "settle", "clear", "replay")}
+    settings |= {key: getattr(args, key) for key in ("seed", "settle", "clear", "replay", "prompt")}
     if not toy:
         settings |= {name: version(name) for name in ("libero", "robosuite", "mujoco")}
         settings["renderer"] = os.environ["MUJOCO_GL"]
@@ -407,7 +444,14 @@ def evaluate(args, out, name, demos):
             film.unlink()
     wanted = [(task, episode) for task in args.tasks for episode in range(args.episodes)]
     jobs = [job for job in wanted if job not in records]
-    pool = ToyPool(jobs, limit, size, args.seed) if toy else LiberoPool(jobs, args, size)
+    if toy:
+        pool = ToyPool(jobs, limit, size, args.seed, args.prompt)
+        if args.prompt and jobs:
+            pool.prompts = read_prompts(pool, out, agent, device)
+        if args.prompt == "other":  # a control: another job's video
+            pool.prompts = pool.prompts[1:] + pool.prompts[:1]
+    else:
+        pool = LiberoPool(jobs, args, size)
     ended = run_episodes(jobs, pool, agent, execute)
     for job, success, steps, film in tqdm(ended, f"{args.suite} {name}", len(jobs), disable=None):
         record = {"task": job[0], "episode": job[1], "success": success, "steps": steps}

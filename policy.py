@@ -246,14 +246,18 @@ class Agent(nn.Module):
         return losses
 
     @torch.no_grad()
-    def act(self, frames, wrist, proprio, texts):
-        """Arrays of frames and wrist (B, S, S, 3) uint8 or None, proprio (B, P), and B sentences
-        -> a chunk of actions in true units, an array (B, chunk, A)."""
+    def act(self, frames, wrist, proprio, texts, skill=None):
+        """Arrays of frames and wrist (B, S, S, 3) uint8 or None, proprio (B, P), B sentences, and
+        perhaps a standardised skill (B, D) in place of pi_h's -> a chunk of actions in true units,
+        an array (B, chunk, A)."""
         device = self.target_mean.device
         images = data.to_images([frames, wrist][: self.shape["cameras"]], device)
         tokens = torch.stack([tokenize(text, self.t5) for text in texts]).to(device)
         proprio = torch.from_numpy(proprio).float().to(device)
-        skill = self.predict_skill(images, tokens)
+        if skill is None:
+            skill = self.predict_skill(images, tokens)
+        else:
+            skill = torch.from_numpy(skill).to(device)
         actions = self.predict(images, tokens, skill, proprio).clamp(-1, 1)
         return (actions * self.target_scale + self.target_mean).cpu().numpy()
 
@@ -379,6 +383,7 @@ def load_agent(out, name, demos, device):
     path = Path(out, f"policy_{name}_{demos}.pt")
     record = data.load_checkpoint(path, "policy_finetune")
     agent = Agent(record["shape"], record["settings"])
+    agent.settings = record["settings"]
     data.load_weights(agent, record, path)
     return agent.to(device).eval()
 

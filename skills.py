@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import data
 from data import COUNT, REAL, SHARE, WIDTH, fail, number, write
-from lam import draw_strip, load_lam, ridge
+from lam import draw_strip, encode, load_lam, ridge
 
 
 def get_args():
@@ -402,6 +402,30 @@ def standardise(z, rows):
     return ((z - mean) / deviation).astype(np.float32), (torch.from_numpy(mean), deviation)
 
 
+def build(settings, latent, gap):
+    """The H-Net of these settings (a dict of the flags), for latents of this width and gap."""
+    stages, layers = len(settings["chunk"]), settings["layers"]
+    return HNet(latent, settings["width"], stages, layers, settings["least"], gap)
+
+
+def read_skills(out, video, like, stage, device):
+    """The skills (T, D) of a stage, "skills1" or higher, that a run folder's models find in a new
+    packed set, video; its latents are standardised as those of like, a set they were trained on."""
+    path = Path(out, "skills.pt")
+    record = data.load_checkpoint(path, "skills")
+    settings = record["settings"]
+    lam = load_lam(out, like, device)
+    known = like.rows(like.split("train"), lam.gap)
+    _, (mean, deviation) = standardise(load_rows(like, out, "latents"), known)
+    z = (encode(lam, video, device) - mean.numpy()) / np.float32(deviation)
+    model = build(settings, z.shape[1], lam.gap)
+    data.load_weights(model, record, path)
+    boundaries, vectors, _ = segment(model.to(device), video, z, lam.gap, device)
+    s = int(stage.removeprefix("skills")) - 1
+    last = np.repeat(video.start + video.length - 1, video.length)
+    return skill_vectors(vectors[s], boundaries[:, s], settings["skill"], last)
+
+
 def main():
     args = get_args()
     device, _, world = data.start(args.out, args.device)
@@ -417,8 +441,7 @@ def main():
     held_out = [dataset.rows(dataset.split("val"), lam.gap + 1) for dataset in sets]
     if min(map(len, episodes + held_out)) == 0:
         fail(f"a set has no episode of {lam.gap + 2} frames (gap + 2) to train on, or held out")
-    shape = raw[0].shape[1], args.width, len(args.chunk)
-    model = HNet(*shape, args.layers, args.least, lam.gap).to(device)
+    model = build(vars(args), raw[0].shape[1], lam.gap).to(device)
     shares = {args.slow[0]: [], args.slow[1]: [], 1.0: []}  # of the rate; k stays near z
     for name, parameter in model.named_parameters():
         share = args.slow[0] if "embed" in name or ".k." in name else 1.0

@@ -820,6 +820,24 @@ def test_success_counts_and_ends_the_episode_at_once(folder, monkeypatch):
     assert sorted(found) == [(0, False, 6), (3, True, 1)]
 
 
+def test_skills_read_in_a_video_are_those_of_the_same_video_in_the_packed_set(folder, monkeypatch):
+    (folder / "data").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    sets = [data.Packed(path) for path in data.TOY_SETS]
+    jobs = [3, 8]  # videos of the hand
+    goals = [data.GOALS[int(sets[0].episodes[i]["task"])] for i in jobs]
+    world = SimpleNamespace(size=32)
+    pool = SimpleNamespace(goals=goals, seeds=[[0, i] for i in jobs], world=world)
+    acting = policy.load_agent("out", "hilam", 1, "cpu")
+
+    prompts = eval_libero.read_prompts(pool, "out", acting, "cpu")
+
+    rows = [dataset.rows(dataset.split("train"), 1) for dataset in sets]
+    skill = policy.standardise([np.load(f"out/skills1.{d.name}.npy") for d in sets], rows)[0]
+    for i, found in zip(jobs, prompts, strict=True):
+        np.testing.assert_allclose(found, skill[sets[0].rows([i])], atol=1e-3)
+
+
 def test_simulator_that_stops_is_named_by_its_task_and_episode(capsys):
     args = SimpleNamespace(workers=1, suite="nowhere")
     pool = eval_libero.LiberoPool([(3, 7)], args, 32)
@@ -949,6 +967,7 @@ def test_damaged_run_folder_is_refused_and_left_alone(folder, file, damage, scri
         (policy, ["--video", "puppet"], "choose from hand, robot"),
         (policy, ["--variant", "flat", "--tasks", 10], "there are 10 tasks"),
         (eval_libero, ["--demos", 7], "policy_hilam_7.pt"),
+        (eval_libero, ["--variant", "flat", "--prompt", "video"], "this policy is flat"),
         (eval_libero, ["--suite", "libero_kitchen"], "libero_object"),
         (eval_libero, ["--suite", "libero_object"], "pip install"),
     ],
