@@ -42,7 +42,7 @@ def get_args():
     add("--layers", type=COUNT, default=4, help="blocks in an encoder, a decoder; twice at the top")
     add("--rec", type=REAL, default=0.1, help="weight of L_rec; 0: off")
     add("--ratio", type=REAL, default=0.1, help="weight of L_ratio; H-Net: 0.03")
-    add("--slow", type=SHARE, nargs=2, default=[0.03, 0.3], help="lr shares: embed, k; encoders")
+    add("--slow", type=SHARE, nargs=2, default=[0.03, 0.1], help="lr shares: embed, k; encoders")
     add("--batch", type=COUNT, default=16, help="episodes a step, equally of each set")
     add("--lr", type=number(float, 1e-9), default=1e-3, help="peak learning rate of AdamW")
     return parser.parse_args()
