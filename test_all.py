@@ -1,5 +1,5 @@
 """
-Tests of everything on tiny data, two minutes: python -m pytest -q test_all.py
+Tests of everything on tiny data, a minute and a half: python -m pytest -q test_all.py
 Speed of chunking (pip install h-net-dynamic-chunking==0.5.19): python test_all.py
 """
 
@@ -887,7 +887,7 @@ def test_libero_observations_are_those_of_the_official_loop(libero, tmp_path, mo
     assert len(seen) == 4  # two episodes of six steps, two decisions each
     for episode in (0, 1):
         actions = [[0, 0, 0, 0, 0, 0, -1.0]] * 2
-        for frames, wrist, proprio, texts, chosen in seen[2 * episode : 2 * episode + 2]:
+        for frames, wrist, proprio, texts, _, chosen in seen[2 * episode : 2 * episode + 2]:
             env.seed(0)
             env.reset()
             env.set_init_state(states[episode])
