@@ -237,6 +237,11 @@ class Packed:
         ends = self.start + np.maximum(0, self.length - gap)
         return np.concatenate([np.arange(self.start[e], ends[e]) for e in episodes])
 
+    def ends(self, gap=0):
+        """Of every row t, (T,), the first that is too late in its episode to have a frame t + gap;
+        with 0 the row after the episode's last."""
+        return np.repeat(self.start + self.length - gap, self.length)
+
     def images(self, rows, cameras, device):
         """Frames, and the wrist camera's where cameras is 2: (B, cameras, 3, S, S) in [0, 1]."""
         if cameras > 1 and self.wrist is None:

@@ -413,17 +413,18 @@ def run_episodes(jobs, pool, agent, execute):
             yield jobs[job], success, steps, films.pop(job)
 
 
-def evaluate(args, out, name, demos):
-    """Roll out a policy in the episodes that its log lacks; returns what its .json holds."""
+def evaluate(args, out, name, demos, agent):
+    """Roll out a policy (None: a replay) in the episodes that its log lacks; returns what its .json
+    holds."""
     device, _, _ = data.start(out, args.device)
     toy = args.suite == "toy"
     stem = f"eval_{args.suite}_{name}" + ("" if args.replay else f"_{demos}")
     stem += f"_{args.prompt}" if args.prompt else ""
-    agent, trained, size = None, None, None
+    trained, size = None, None
     execute = args.execute or (1 if toy else 8)
     if not args.replay:
         path = Path(out, f"policy_{name}_{demos}.pt")
-        agent = load_agent(out, name, demos, device)
+        agent.to(device)
         trained = zlib.crc32(path.read_bytes())
         size = agent.shape["size"]
         execute = min(execute, agent.low.chunk)
@@ -446,10 +447,10 @@ def evaluate(args, out, name, demos):
     jobs = [job for job in wanted if job not in records]
     if toy:
         pool = ToyPool(jobs, limit, size, args.seed, args.prompt)
-        if args.prompt and jobs:
-            pool.prompts = read_prompts(pool, out, agent, device)
-        if args.prompt == "other":  # a control: another job's video
-            pool.prompts = pool.prompts[1:] + pool.prompts[:1]
+        if args.prompt and jobs:  # other, a control: the video of the next episode's table
+            shown = [(task, episode + (args.prompt == "other")) for task, episode in jobs]
+            tables = ToyPool(shown, limit, size, args.seed, args.prompt)
+            pool.prompts = read_prompts(tables, out, agent, device)
     else:
         pool = LiberoPool(jobs, args, size)
     ended = run_episodes(jobs, pool, agent, execute)
@@ -501,18 +502,17 @@ def main():
     args = get_args()
     for key in ("variant", "demos", "out", "tasks"):  # what is named twice is no second evidence
         setattr(args, key, list(dict.fromkeys(getattr(args, key))))
-    policies = [(name, demos) for demos in args.demos for name in args.variant]
     if args.replay:
         if args.suite == "toy" or not list(Path(args.replay).glob("*_demo.hdf5")):
             fail(f"--replay {args.replay}: for LIBERO's suites, a folder of *_demo.hdf5 files")
-        policies = [("replay", 0)]
-    for name, demos in policies if not args.replay else []:  # all there, before the first starts
-        for out in args.out:
-            load_agent(out, name, demos, "cpu")
+        runs = [(out, "replay", 0, None) for out in args.out]
+    else:  # all policies are there before the first one starts
+        runs = [(o, name, d) for o in args.out for d in args.demos for name in args.variant]
+        runs = [(*run, load_agent(*run, "cpu")) for run in runs]
     with tempfile.TemporaryDirectory() as folder:
         if args.suite != "toy":
             prepare_libero(folder)
-        reports = [evaluate(args, out, name, demos) for out in args.out for name, demos in policies]
+        reports = [evaluate(args, *run) for run in runs]
     summarise(reports, args.suite, Path(args.out[0], f"eval_{args.suite}.png"))
 
 

@@ -267,19 +267,21 @@ class Labels:
     """Some episodes of a packed set with a target (T, D) to predict in chunks, and perhaps a skill
     (T, D) and proprio (T, P); the last gap frames of an episode have no target."""
 
-    def __init__(self, dataset, episodes, target, skill=None, proprio=None, gap=0, cameras=1):
+    def __init__(
+        self, dataset, episodes, target, skill=None, proprio=None, gap=0, cameras=1, t5=None
+    ):
         self.dataset, self.cameras = dataset, cameras
         self.target, self.skill, self.proprio = target, skill, proprio
         self.rows = dataset.rows(episodes, gap)
         self.episode = np.repeat(np.arange(len(dataset.start)), dataset.length)  # of each row
-        self.end = (dataset.start + dataset.length - gap)[self.episode]  # where its targets end
+        self.end = dataset.ends(gap)  # where its targets end
+        self.tokens = torch.stack([tokenize(e["text"], t5) for e in dataset.episodes])
 
-    def batch(self, rows, chunk, t5=None):
+    def batch(self, rows, chunk):
         """The arguments of Agent.forward for these rows, on the CPU."""
         after = rows[:, None] + np.arange(chunk)  # (B, chunk)
-        texts = [self.dataset.episodes[e]["text"] for e in self.episode[rows]]
         batch = {"images": self.dataset.images(rows, self.cameras, "cpu")}
-        batch["tokens"] = torch.stack([tokenize(text, t5) for text in texts])
+        batch["tokens"] = self.tokens[self.episode[rows]]
         batch["target"] = torch.from_numpy(self.target[np.minimum(after, len(self.target) - 1)])
         batch["mask"] = torch.from_numpy(after < self.end[rows][:, None])
         for name, array in (("true_skill", self.skill), ("proprio", self.proprio)):
@@ -288,10 +290,10 @@ class Labels:
         return batch
 
 
-def get_batch(labels, count, args, rng):
+def get_batch(labels, count, chunk, rng):
     """Agent.forward's arguments for count random rows, as many of each set, on the CPU."""
     share = max(1, count // len(labels))
-    parts = [part.batch(rng.choice(part.rows, share), args.chunk, args.text) for part in labels]
+    parts = [part.batch(rng.choice(part.rows, share), chunk) for part in labels]
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
@@ -350,7 +352,9 @@ def prepare_pretraining(args, sets, shape):
     cameras = min(cameras, shape["cameras"])
     shape = shape | {"high_cameras": cameras, "target": targets[0].shape[1]}
     parts = zip(video, episodes, targets, skills, strict=True)
-    return Agent(shape, vars(args)), [Labels(*part, None, gap, cameras) for part in parts]
+    return Agent(shape, vars(args)), [
+        Labels(*part, None, gap, cameras, args.text) for part in parts
+    ]
 
 
 def prepare_finetuning(args, sets, shape, agent):
@@ -364,7 +368,7 @@ def prepare_finetuning(args, sets, shape, agent):
     labels = []
     for d, e in zip(sets, episodes, strict=True):
         target = ((d.actions - mean) / scale).astype(np.float32)  # in [-1, 1]
-        labels.append(Labels(d, e, target, None, d.proprio, 0, shape["cameras"]))
+        labels.append(Labels(d, e, target, None, d.proprio, 0, shape["cameras"], args.text))
     if agent is None:
         agent = Agent(shape | {"target": len(mean)}, vars(args))
     else:
@@ -449,7 +453,7 @@ def main():
         else:
             steps, peak = args.steps, (args.finetune_lr if agent else args.lr)
             agent, labels = prepare_finetuning(args, labelled, shape, agent)
-        sample = get_batch(labels, 256, args, np.random.default_rng(0))
+        sample = get_batch(labels, 256, args.chunk, np.random.default_rng(0))
         begin_with = [*sample.values(), *agent.state_dict().values()]
         settings["begin_with"] = data.checksum(*[x.cpu().numpy() for x in begin_with])
         agent.to(device)
@@ -469,7 +473,7 @@ def main():
             cosine = 0.525 + 0.475 * math.cos(math.pi * step / steps)  # from 1 to a twentieth
             for group in optimizer.param_groups:
                 group["lr"] = peak * cosine * min(1, (step + 1) / 100)  # after a warm-up
-            batch = get_batch(labels, args.batch * world, args, rng)
+            batch = get_batch(labels, args.batch * world, args.chunk, rng)
             batch = {key: x.to(device) for key, x in batch.items()}
             batch["images"] = augment(batch["images"], args.warp)
             batch = {key: x[rank::world] for key, x in batch.items()}

@@ -381,8 +381,7 @@ def report(args, model, sets, latents, gap, device):
         print(f"  stage {s + 1}: every {positions / kept:.1f} positions, F1 {scores}")
         for dataset, stages, found_at, uniform_at in zip(sets, vectors, marks, even, strict=True):
             for kind, cut in (("skills", found_at), ("uniform", uniform_at)):
-                last = np.repeat(dataset.start + dataset.length - 1, dataset.length)
-                skill = skill_vectors(stages[s], cut, args.skill, last)
+                skill = skill_vectors(stages[s], cut, args.skill, dataset.ends() - 1)
                 write(Path(args.out, f"{kind}{s + 1}.{dataset.name}.npy"), skill)
                 if dataset.true_actions() is not None:
                     says = row[f"{kind}_says"] = skill_r2(dataset, skill, cut)
@@ -422,8 +421,7 @@ def read_skills(out, video, like, stage, device):
     data.load_weights(model, record, path)
     boundaries, vectors, _ = segment(model.to(device), video, z, lam.gap, device)
     s = int(stage.removeprefix("skills")) - 1
-    last = np.repeat(video.start + video.length - 1, video.length)
-    return skill_vectors(vectors[s], boundaries[:, s], settings["skill"], last)
+    return skill_vectors(vectors[s], boundaries[:, s], settings["skill"], video.ends() - 1)
 
 
 def main():
