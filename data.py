@@ -22,16 +22,17 @@ import math
 import os
 import re
 import sys
-import tempfile
 import textwrap
 import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from itertools import permutations, repeat
 from pathlib import Path
+from shutil import rmtree
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from tqdm import tqdm
@@ -105,19 +106,47 @@ def start(out, device="auto"):
 
 # ----------------------------------------------------------------------------- files and pictures
 def write(path, content):
-    """Write .npy, .pt, .png (a matplotlib figure), text or JSON, renamed when the file is whole."""
+    """Write .npy, .pt, .png (a matplotlib figure), text or JSON, renamed when the file is whole;
+    where that fails, a full disk say, the old file stays."""
     ending = Path(path).suffix
-    with open(f"{path}.tmp", "wb") as file:
-        if ending == ".npy":
-            np.save(file, content)
-        elif ending == ".pt":
-            torch.save(content, file)
-        elif ending == ".png":
-            content.savefig(file, format="png")
-        else:
-            text = content if isinstance(content, str) else json.dumps(content, indent=1)
-            file.write(text.encode())
-    os.replace(f"{path}.tmp", path)
+    new = Path(f"{path}.tmp")
+    try:
+        with open(new, "wb") as file:
+            if ending == ".npy":
+                np.save(file, content)
+            elif ending == ".pt":
+                torch.save(content, file)
+            elif ending == ".png":
+                content.savefig(file, format="png")
+            else:
+                text = content if isinstance(content, str) else json.dumps(content, indent=1)
+                file.write(text.encode())
+        os.replace(new, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: what torch makes of an OSError
+        fail(f"{path} cannot be written and stays as it was ({error})")
+    finally:
+        new.unlink(missing_ok=True)
+
+
+LOCKS = []  # that this process holds, until it ends
+
+
+def claim(path, wait=False):
+    """Be the only process that writes path, until it ends or releases the lock that is returned;
+    where another one is, wait for it, or exit."""
+    path = Path(path)
+    lock = FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=wait)
+        Path(lock.lock_file).write_text(str(os.getpid()))
+    except Timeout:
+        holder = Path(lock.lock_file).read_text()
+        fail(f"process {holder} is writing {path}: wait for it, or choose another --out")
+    except OSError as error:
+        fail(f"{path} cannot be written ({error})")
+    LOCKS.append(lock)
+    return lock
 
 
 def add_to_log(stem, log, seen, first, begin):
@@ -177,16 +206,19 @@ def load_weights(model, record, path):
 
 def resume(path, stage, settings, model, optimizer):
     """Load weights and optimizer from the checkpoint at path; returns its step and log, or 0 and []
-    without one. Exits when settings, a dict of what decides the result, are not the same."""
-    if not Path(path).exists():
-        return 0, []
-    record = load_checkpoint(path, stage, finished=False)
-    for key in sorted(set(settings) - {"out", "device", "log_every"}):
-        old = record["settings"].get(key)
-        if old != settings[key]:
-            fail(f"{path} was trained with {key} {old}, not {settings[key]}: choose another --out")
-    load_weights(model, record, path)
-    optimizer.load_state_dict(record["optimizer"])
+    without one. Exits when settings, a dict of what decides the result, are not the same, or when
+    another process is at it."""
+    record = {"step": 0, "steps": 1, "log": []}
+    if Path(path).exists():
+        record = load_checkpoint(path, stage, finished=False)
+        for key in sorted(set(settings) - {"out", "device", "log_every"}):
+            old, new = record["settings"].get(key), settings[key]
+            if old != new:
+                fail(f"{path} was trained with {key} {old}, not {new}: choose another --out")
+        load_weights(model, record, path)
+        optimizer.load_state_dict(record["optimizer"])
+    if record["step"] < record["steps"] and int(os.environ.get("RANK", 0)) == 0:
+        claim(path)
     return record["step"], record["log"]
 
 
@@ -221,6 +253,12 @@ class Packed:
         if found != math.prod(shape) * dtype.itemsize:
             fail(f"{file} has {found} bytes, but {shape} {dtype} by episodes.json")
         return np.memmap(file, dtype, "r", shape=shape)
+
+    def checksum(self):
+        """Of all that training may depend on: arrays, and texts, splits and lengths of episodes."""
+        arrays = (self.frames, self.wrist, self.proprio, self.actions)
+        known = [array for array in arrays if array is not None]
+        return zlib.crc32(json.dumps(self.episodes).encode(), checksum(*known))
 
     def true_actions(self):
         """The actions to measure with, which may be known where none are given to train on."""
@@ -284,33 +322,37 @@ def pack(out, episodes, total=None, upside_down=False, phases=(), skipped=()):
     """Write a packed dataset; exits when arrays do not fit each other, or hold NaN. episodes yields
     (text, task, split, {name: array over its frames}); phases are the names of truth_phase; what
     was skipped is listed in OUT/skipped.txt."""
-    out = Path(out)
+    out, part = Path(out), Path(f"{out}.part")
+    claim(out)
     if out.exists():
         fail(f"{out} exists already: delete it or choose another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
     arrays, records = {}, []
-    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as temporary:
-        whole = Path(temporary, "set")
-        whole.mkdir()
+    try:
+        rmtree(part, ignore_errors=True)  # left by a packing that was killed
+        part.mkdir()
         for text, task, split, episode in tqdm(episodes, str(out), total, disable=None):
             length = len(episode["frames"])
             for key, value in episode.items():
                 kind = {"dtype": value.dtype.name, "shape": list(value.shape[1:])}
+                where = f"{task}, episode {len(records)}: {key} {value.shape}"
                 if len(value) != length or arrays.setdefault(key, kind) != kind:
-                    fail(f"{task}: {key} {value.shape} beside {length} frames, or unlike others")
+                    fail(f"{where} beside {length} frames, or unlike other episodes")
                 if value.dtype.kind == "f" and not np.isfinite(value).all():
-                    fail(f"{task}: NaN or infinity in {key}")
-                with open(whole / f"{key}.bin", "ab") as file:
+                    fail(f"{where} holds NaN or infinity")
+                with open(part / f"{key}.bin", "ab") as file:
                     file.write(value.tobytes())
             records.append({"length": length, "text": text, "task": task, "split": split})
         if not records:
             fail(f"{out}: nothing could be read: {'; '.join(skipped)}")
         if skipped:
-            write(whole / "skipped.txt", "\n".join(skipped) + "\n")
+            write(part / "skipped.txt", "\n".join(skipped) + "\n")
         info = {"arrays": arrays, "upside_down": upside_down, "phases": list(phases)}
-        write(whole / "episodes.json", info | {"episodes": records})
-        if not out.exists():  # else another process packed it meanwhile, and its set is used
-            whole.rename(out)
+        write(part / "episodes.json", info | {"episodes": records})
+        part.rename(out)
+    except OSError as error:
+        fail(f"{out} cannot be written ({error})")
+    finally:
+        rmtree(part, ignore_errors=True)
     problems = f"; {len(skipped)} unreadable in part, see skipped.txt" if skipped else ""
     print(f"{out}: {len(records)} episodes, arrays {', '.join(arrays)}{problems}")
 
@@ -488,7 +530,10 @@ def pack_toy(out, hand=880, demos=55, size=32, seed=0):
 
     for look, goals in (("hand", mixed), ("robot", TASKS * demos)):
         if not Path(out, look).exists():
-            pack(Path(out, look), episodes(look, goals), len(goals), phases=TOY_PHASES)
+            lock = claim(Path(out, look), wait=True)
+            if not Path(out, look).exists():  # nobody else has packed it meanwhile
+                pack(Path(out, look), episodes(look, goals), len(goals), phases=TOY_PHASES)
+            lock.release(force=True)
 
 
 # ------------------------------------------------------------------------------------- importers
@@ -511,6 +556,7 @@ def libero_episodes(files, phases, skipped, args):
     There obs[j] was seen AFTER actions[j], so the action to learn from obs[j] is actions[j + 1]."""
     import h5py
 
+    beyond = 0
     for path in files:
         demo = ""
         try:
@@ -533,6 +579,7 @@ def libero_episodes(files, phases, skipped, args):
                     if "eye_in_hand_rgb" in obs:
                         arrays["wrist"] = resize(obs["eye_in_hand_rgb"][:-1], args.size)
                     arrays["truth_actions"] = actions
+                    beyond += int((np.abs(actions) > 1).sum())
                     if not args.no_actions:
                         body = [obs["joint_states"][:-1], obs["gripper_states"][:-1]]
                         arrays["proprio"] = np.concatenate(body, 1).astype(np.float32)
@@ -544,6 +591,8 @@ def libero_episodes(files, phases, skipped, args):
                     yield text, path.name.removesuffix("_demo.hdf5"), split, arrays
         except (OSError, KeyError, ValueError, TypeError) as error:
             fail(f"{path} {demo}: truncated, or not in LIBERO's format ({error})")
+    if beyond:
+        print(f"{beyond} numbers of actions lie beyond [-1, 1]; they are kept")
 
 
 def clip_name(path):
@@ -626,7 +675,7 @@ def video_episodes(files, names, captions, skipped, args):
                 if len(frames) > 1:
                     split = "val" if args.val and i % round(1 / args.val) == 0 else "train"
                     yield captions[i], names[i], split, {"frames": np.stack(frames)}
-    rates.discard(None)
+    rates -= {None, 0}  # of images, of what could not be opened
     if len(rates) > 1 and not args.fps:
         print(f"{sorted(rates)} frames a second are mixed, so a gap of k frames is not one time;")
         print("--fps makes them alike")

@@ -20,8 +20,11 @@ import logging
 import math
 import multiprocessing
 import os
+import signal
 import tempfile
+import threading
 import zlib
+from contextlib import suppress
 from ctypes.util import find_library
 from importlib.metadata import version
 from multiprocessing.connection import wait
@@ -37,8 +40,8 @@ from tqdm import tqdm
 
 import data
 from data import COUNT, GOALS, REAL, SEED, TASKS, fail, number, write
-from policy import VARIANTS, amount, load_agent, standardise
-from skills import load_rows, read_skills
+from policy import VARIANTS, amount, load_agent
+from skills import read_skills
 
 LIMITS = {"toy": data.TOY_LIMIT, "libero_spatial": 220, "libero_object": 280}
 LIMITS |= {"libero_goal": 300, "libero_10": 520}  # the most steps of an episode
@@ -54,7 +57,13 @@ def get_args():
     add("--demos", type=amount, nargs="+", default=[0.1], help="what policy.py had as --demos")
     add("--out", nargs="+", default=["out/toy"], help="run folders; several (seeds) are pooled")
     add("--episodes", type=COUNT, default=10, help="episodes a task")
-    add("--tasks", type=number(int, 0, 9), nargs="+", default=list(range(10)), help="their numbers")
+    add(
+        "--tasks",
+        type=number(int, 0, 9),
+        nargs="+",
+        default=list(range(10)),
+        help="numbered by their names",
+    )
     add("--execute", type=COUNT, help="steps between two decisions, if not 1 (toy) or 8 (LIBERO)")
     add("--max-steps", type=COUNT, help="steps of an episode, if not the suite's")
     add("--settle", type=COUNT, default=10, help="LIBERO: steps of rest before the policy acts")
@@ -113,25 +122,19 @@ class ToyPool:
 
 
 def read_prompts(pool, out, agent, device):
-    """For each job the skills (T, D), standardised as in pretraining, of a video in which a hand
-    does the job's task on its table: what tells the policy the task in place of a sentence."""
+    """For each job the skills (T, D) of a video in which a hand does the job's task on its table:
+    what tells the policy the task in place of a sentence."""
     stage = VARIANTS[agent.settings["variant"]][0]
     if stage is None:
         fail("--prompt: this policy is flat, it follows no skills")
-    sets = data.open_sets(data.TOY_SETS)
     pairs = zip(pool.goals, pool.seeds, strict=True)
     films = [data.toy_demonstrate("hand", goal, seed, pool.world.size) for goal, seed in pairs]
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/videos"
         data.pack(path, [("", "", "train", {"frames": film["frames"]}) for film in films])
         video = data.Packed(path)
-        skills = read_skills(out, video, sets[0], stage, device)
-    seen = [d for d in sets if d.name in (agent.settings["video"] or ["hand", "robot"])]
-    gap = data.load_checkpoint(Path(out, "lam.pt"), "lam")["settings"]["gap"]
-    rows = [dataset.rows(dataset.split("train"), gap) for dataset in seen]
-    arrays = [load_rows(dataset, out, stage) for dataset in seen]
-    told = standardise([*arrays, skills], [*rows, np.zeros(0, int)])[-1]  # the last has no say
-    return np.split(told, video.start[1:])
+        hand = data.open_sets(data.TOY_SETS)[0]
+        return np.split(read_skills(out, video, hand, stage, device), video.start[1:])
 
 
 # ------------------------------------------------------------- LIBERO's simulators, a process each
@@ -141,10 +144,11 @@ def prepare_libero(folder):
     if not (importlib.util.find_spec("libero") and importlib.util.find_spec("robosuite")):
         install = "pip install --no-deps libero==0.1.1 bddl==1.0.1"
         fail(f"LIBERO is not installed: pip install -r requirements.txt && {install}")
-    if "MUJOCO_GL" not in os.environ:
-        if not (find_library("EGL") or find_library("OSMesa")):
-            fail("no headless OpenGL here: apt-get install libegl1 libgl1-mesa-dri (or libosmesa6)")
-        os.environ["MUJOCO_GL"] = "egl" if find_library("EGL") else "osmesa"
+    libraries = {"egl": "EGL", "osmesa": "OSMesa"}
+    found = [name for name, library in libraries.items() if find_library(library)]
+    chosen = os.environ.setdefault("MUJOCO_GL", found[0] if found else "egl")
+    if chosen in libraries and chosen not in found:
+        fail(f"no {libraries[chosen]} here: apt-get install libegl1 libgl1-mesa-dri libosmesa6")
     root = Path(importlib.util.find_spec("libero").submodule_search_locations[0], "libero")
     folders = {"benchmark_root": root, "init_states": root / "init_files"}
     folders |= {key: root / key for key in ("bddl_files", "datasets", "assets")}
@@ -199,12 +203,13 @@ def keep_grip(actions, grip, clear):
 class Simulator:
     """One LIBERO environment at a time, inside a worker process."""
 
-    def __init__(self, suite, args):
+    def __init__(self, args):
         from libero.libero import benchmark, get_libero_path
 
-        self.suite = benchmark.get_benchmark(suite)()
-        self.folder = Path(get_libero_path("init_states"), suite)
-        self.limit = args.max_steps or LIMITS[suite]
+        self.suite = benchmark.get_benchmark(args.suite)()
+        self.names = self.suite.get_task_names()
+        self.folder = Path(get_libero_path("init_states"), args.suite)
+        self.limit = args.max_steps or LIMITS[args.suite]
         self.args = args
         self.task = None  # number of the task whose scene self.env is
 
@@ -213,13 +218,15 @@ class Simulator:
         first observation, or with --replay its outcome."""
         from libero.libero.envs import OffScreenRenderEnv
 
-        task = self.suite.get_task(number)
+        name = sorted(self.names, key=data.natural)[number]  # numbered as in policy.py
+        index = self.names.index(name)  # LIBERO's own number
         if number != self.task:  # a scene is slow to build
             if self.task is not None:
                 self.env.close()
-            bddl = self.suite.get_task_bddl_file_path(number)
-            self.env = OffScreenRenderEnv(bddl_file_name=bddl)  # cameras of 128 x 128 pixels
-            self.states = load_states(self.folder / task.init_states_file)
+            bddl = self.suite.get_task_bddl_file_path(index)
+            horizon = self.args.settle + self.limit + 1
+            self.env = OffScreenRenderEnv(bddl_file_name=bddl, horizon=horizon)  # of 128 x 128
+            self.states = load_states(self.folder / self.suite.get_task(index).init_states_file)
             self.task = number
         self.switch_cameras(True)
         self.env.seed(self.args.seed)
@@ -227,7 +234,7 @@ class Simulator:
         self.steps = 0
         self.grip = -1.0
         if self.args.replay:
-            file = Path(self.args.replay, f"{task.name}_demo.hdf5")
+            file = Path(self.args.replay, f"{name}_demo.hdf5")
             _, success, steps = self.run(set_demonstration(self.env, file, episode))
             return success, steps
         if episode >= len(self.states):
@@ -235,7 +242,10 @@ class Simulator:
                 f"a task has {len(self.states)} initial states: --episodes is too many"
             )
         self.env.set_init_state(self.states[episode])
-        observed, _, _ = self.run([[0, 0, 0, 0, 0, 0, -1.0]] * self.args.settle)  # hand open
+        still = [0, 0, 0, 0, 0, 0, -1.0]  # the hand is open
+        observed, success, _ = self.run([still] * self.args.settle)
+        if success:
+            raise ValueError("it succeeds before the policy acts: choose another --settle")
         return self.look(observed)
 
     def execute(self, actions):
@@ -268,16 +278,22 @@ class Simulator:
         return seen | {"proprio": np.concatenate(body), "text": self.env.language_instruction}
 
 
-def worker(pipe, suite, args):
+def end_with_parent():
+    """End this process when the one that started it has ended."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def worker(pipe, args):
     """A process: receives (task, episode), actions (n, 7) or None; sends what Simulator returns."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends us
+    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         logging.disable(logging.WARNING)
-        simulator = Simulator(suite, args)
+        simulator = Simulator(args)
         while (message := pipe.recv()) is not None:
             begin = isinstance(message, tuple)
             pipe.send(simulator.begin(*message) if begin else simulator.execute(message))
-    except (EOFError, KeyboardInterrupt):
-        pass
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
     os._exit(0)  # skips the simulator's noisy destructors
@@ -287,22 +303,33 @@ class LiberoPool:
     """ToyPool's interface over --workers processes, spawned: a simulator must not be forked."""
 
     def __init__(self, jobs, args, size):
+        self.args = args
         self.size = size
         self.jobs = jobs
-        self.left = enumerate(jobs)
+        self.left = iter(range(len(jobs)))
+        self.processes = {}  # {pipe: the process at its other end}
         self.busy = {}  # {pipe: job} of the workers that simulate
         self.seen = {}  # {job: (pipe, observation)} of those that wait for a decision
-        context = multiprocessing.get_context("spawn")
+        self.repeated = set()  # jobs whose worker died
         for _ in range(min(args.workers, len(jobs))):
-            pipe, theirs = context.Pipe()
-            context.Process(target=worker, args=(theirs, args.suite, args), daemon=True).start()
-            self.begin_next(pipe)
+            self.begin(self.start_worker(), next(self.left))
 
-    def begin_next(self, pipe):
-        """Give a worker its next job; where none is left, None ends it."""
-        job, task_episode = next(self.left, (None, None))
-        pipe.send(task_episode)
-        if task_episode:
+    def start_worker(self):
+        context = multiprocessing.get_context("spawn")
+        pipe, theirs = context.Pipe()
+        process = context.Process(target=worker, args=(theirs, self.args), daemon=True)
+        process.start()
+        self.processes[pipe] = process
+        return pipe
+
+    def begin(self, pipe, job):
+        """Give a worker its next job, or, where none is left, None, which ends it."""
+        self.send(pipe, None if job is None else self.jobs[job], job)
+
+    def send(self, pipe, message, job):
+        with suppress(OSError):  # a worker that has died is noticed when it does not answer
+            pipe.send(message)
+        if job is not None:
             self.busy[pipe] = job
 
     def observe(self):
@@ -318,27 +345,33 @@ class LiberoPool:
         """As ToyPool's; then waits for a worker or more to be done."""
         for job, chunk in zip(waiting, actions, strict=True):
             pipe, _ = self.seen.pop(job)
-            pipe.send(chunk)
-            self.busy[pipe] = job
+            self.send(pipe, chunk, job)
         ended = []
-        ready = wait(list(self.busy), timeout=TIMEOUT)
-        if not ready:
-            fail(f"no simulator has answered for {TIMEOUT} s; start again to go on")
-        for pipe in ready:
+        ready = wait(list(self.busy), TIMEOUT)
+        for pipe in ready or list(self.busy):
+            job = self.busy.pop(pipe)
             try:
-                message = pipe.recv()
+                message = pipe.recv() if ready else f"no answer for {TIMEOUT} s"
             except (EOFError, OSError):
                 message = "the simulator died"
-            job = self.busy.pop(pipe)
             if isinstance(message, str):
-                task, episode = self.jobs[job]
-                fail(f"task {task}, episode {episode}: {message}; start again to go on")
-            if isinstance(message, dict):
+                self.repeat(pipe, job, message)
+                ended.append((job, None, 0))
+            elif isinstance(message, dict):
                 self.seen[job] = (pipe, message)
             else:
                 ended.append((job, *message))
-                self.begin_next(pipe)
+                self.begin(pipe, next(self.left, None))
         return ended
+
+    def repeat(self, pipe, job, problem):
+        """Begin a job again, once, with a new worker in place of one that died or hangs."""
+        task, episode = self.jobs[job]
+        self.processes.pop(pipe).kill()
+        if job in self.repeated:
+            fail(f"task {task}, episode {episode}: {problem}; start again to go on")
+        self.repeated.add(job)
+        self.begin(self.start_worker(), job)
 
 
 # --------------------------------------------------------------------------------------- rollouts
@@ -390,10 +423,10 @@ def read_records(log, settings):
     for line in whole.splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+            if record.pop("settings") == settings:
+                records[record["task"], record["episode"]] = record
+        except (ValueError, KeyError, AttributeError):
             fail(f"{log} is damaged: delete it, or its line {line[:40]!r}")
-        if record.pop("settings") == settings:
-            records[record["task"], record["episode"]] = record
     return records
 
 
@@ -410,7 +443,11 @@ def run_episodes(jobs, pool, agent, execute):
             for job, frame in zip(waiting, frames, strict=True):
                 films[job].append(frame)
         for job, success, steps in pool.execute(waiting, actions):
-            yield jobs[job], success, steps, films.pop(job)
+            if success is None:  # it begins again
+                ensemble.past.pop(job, None)
+                films[job] = []
+            else:
+                yield jobs[job], success, steps, films.pop(job)
 
 
 def evaluate(args, out, name, demos, agent):
@@ -439,6 +476,7 @@ def evaluate(args, out, name, demos, agent):
     for path in Path(args.replay).glob("*_demo.hdf5") if args.replay else []:
         settings[path.name] = path.stat().st_mtime
     log = Path(out, f"{stem}.jsonl")
+    data.claim(log)
     records = read_records(log, settings)
     if not records:
         for film in Path(out).glob(f"{stem}_task*.gif"):  # those of an older policy
@@ -457,8 +495,11 @@ def evaluate(args, out, name, demos, agent):
     for job, success, steps, film in tqdm(ended, f"{args.suite} {name}", len(jobs), disable=None):
         record = {"task": job[0], "episode": job[1], "success": success, "steps": steps}
         records[job] = record
-        with open(log, "a") as file:
-            file.write(json.dumps(record | {"settings": settings}) + "\n")
+        try:
+            with open(log, "a") as file:
+                file.write(json.dumps(record | {"settings": settings}) + "\n")
+        except OSError as error:
+            fail(f"{log} cannot be written ({error}); start again to go on")
         outcome = "success" if success else "failure"
         save_film(Path(out, f"{stem}_task{job[0]}_{outcome}.gif"), film, not toy)
     wins = dict.fromkeys(args.tasks, 0)
@@ -517,4 +558,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("stopped: start the same command again to go on")

@@ -352,7 +352,7 @@ def main():
         fail(f"--gap {args.gap} is longer than all episodes to train on, or all that are held out")
     model = LAM(vars(args), sets[0].frames.shape[1]).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)
-    settings = vars(args) | {"world": world, "data": data.checksum(*[d.frames for d in sets])}
+    settings = vars(args) | {"world": world, "data": [d.checksum() for d in sets]}
     path = Path(args.out, "lam.pt")
     first, log = data.resume(path, "lam", settings, model, optimizer)
     if args.compile:

@@ -206,8 +206,8 @@ class Policy(nn.Module):
 
 
 class Agent(nn.Module):
-    """Both levels, or a flat policy, with mean and scale of proprio and target. shape: a dict of
-    size, cameras, high_cameras and the widths of proprio, target and skill (0: a flat policy)."""
+    """Both levels, or a flat policy, with mean and scale of proprio, target and skill. shape: a
+    dict of size, cameras, high_cameras and the widths of these three (skill 0: a flat policy)."""
 
     def __init__(self, shape, settings):
         super().__init__()
@@ -219,7 +219,7 @@ class Agent(nn.Module):
         if skill:
             self.high = Policy(shape, settings, shape["high_cameras"], True, 0, 1, skill)
         self.low = Policy(shape, settings, shape["cameras"], text, skill, chunk, shape["target"])
-        for name in ("proprio", "target"):
+        for name in ("proprio", "target", "skill"):
             self.register_buffer(f"{name}_mean", torch.zeros(shape[name]))
             self.register_buffer(f"{name}_scale", torch.ones(shape[name]))
 
@@ -248,8 +248,7 @@ class Agent(nn.Module):
     @torch.no_grad()
     def act(self, frames, wrist, proprio, texts, skill=None):
         """Arrays of frames and wrist (B, S, S, 3) uint8 or None, proprio (B, P), B sentences, and
-        perhaps a standardised skill (B, D) in place of pi_h's -> a chunk of actions in true units,
-        an array (B, chunk, A)."""
+        perhaps a skill (B, D) in place of pi_h's -> a chunk of actions, an array (B, chunk, A)."""
         device = self.target_mean.device
         images = data.to_images([frames, wrist][: self.shape["cameras"]], device)
         tokens = torch.stack([tokenize(text, self.t5) for text in texts]).to(device)
@@ -257,7 +256,7 @@ class Agent(nn.Module):
         if skill is None:
             skill = self.predict_skill(images, tokens)
         else:
-            skill = torch.from_numpy(skill).to(device)
+            skill = (torch.from_numpy(skill).to(device) - self.skill_mean) / self.skill_scale
         actions = self.predict(images, tokens, skill, proprio).clamp(-1, 1)
         return (actions * self.target_scale + self.target_mean).cpu().numpy()
 
@@ -327,10 +326,20 @@ def labelled_episodes(dataset, demos, tasks):
 
 
 def standardise(arrays, rows):
-    """Arrays (T, D) with mean 0 and deviation 1 over these rows of them all, float32."""
+    """Arrays (T, D) with mean 0 and deviation 1 over these rows of them all, float32; and what they
+    had, (D,) each."""
     used = np.concatenate([array[r] for array, r in zip(arrays, rows, strict=True)])
     mean, deviation = used.mean(0), used.std(0) + 1e-6
-    return [((array - mean) / deviation).astype(np.float32) for array in arrays]
+    return [((array - mean) / deviation).astype(np.float32) for array in arrays], mean, deviation
+
+
+def check_skills(out, video):
+    """Exit where the skills in OUT were made from other latent actions than lie there now."""
+    path = Path(out, "skills.pt")
+    made_from = data.load_checkpoint(path, "skills")["settings"]["latents"]
+    for dataset in video:
+        if made_from.get(dataset.name) != data.checksum(load_rows(dataset, out, "latents")):
+            fail(f"{path} was made from other latents: delete it, run `python skills.py` again")
 
 
 def prepare_pretraining(args, sets, shape):
@@ -343,18 +352,21 @@ def prepare_pretraining(args, sets, shape):
         fail(f"--video {' '.join(names)}: choose from {', '.join(d.name for d in sets)}")
     episodes = [d.split("train") for d in video]
     rows = [d.rows(e, gap) for d, e in zip(video, episodes, strict=True)]
-    targets = standardise([load_rows(d, args.out, action) for d in video], rows)
-    skills = [None for _ in video]
-    if skill:
-        skills = standardise([load_rows(d, args.out, skill) for d in video], rows)
-        shape = shape | {"skill": skills[0].shape[1]}
+    targets, _, _ = standardise([load_rows(d, args.out, action) for d in video], rows)
     cameras = 1 + all(d.wrist is not None for d in video)  # people's video has one
     cameras = min(cameras, shape["cameras"])
     shape = shape | {"high_cameras": cameras, "target": targets[0].shape[1]}
+    skills = [None for _ in video]
+    if skill:
+        check_skills(args.out, video)
+        arrays = [load_rows(d, args.out, skill) for d in video]
+        skills, mean, deviation = standardise(arrays, rows)
+        shape["skill"] = len(mean)
+    agent = Agent(shape, vars(args))
+    if skill:
+        agent.skill_mean, agent.skill_scale = torch.from_numpy(mean), torch.from_numpy(deviation)
     parts = zip(video, episodes, targets, skills, strict=True)
-    return Agent(shape, vars(args)), [
-        Labels(*part, None, gap, cameras, args.text) for part in parts
-    ]
+    return agent, [Labels(*part, None, gap, cameras, args.text) for part in parts]
 
 
 def prepare_finetuning(args, sets, shape, agent):
@@ -444,7 +456,7 @@ def main():
     for phase in ["pretrain", "finetune"] if pretrained else ["finetune"]:
         torch.manual_seed(args.seed)
         name = run_name(args, phase)
-        settings = vars(args) | {"world": world}
+        settings = vars(args) | {"world": world, "data": [d.checksum() for d in sets]}
         if phase == "pretrain":
             steps, peak = args.pretrain_steps, args.lr
             agent, labels = prepare_pretraining(args, sets, shape)

@@ -235,10 +235,13 @@ def uniform_boundaries(boundary, starts, lengths):
 def load_rows(dataset, out, name):
     """The latents or skills of a packed set, a row a frame, (T, D); exits where they don't fit."""
     path = Path(out, f"{name}.{dataset.name}.npy")
-    rows = np.load(path) if path.exists() else np.zeros((0, 1))
-    script = "lam.py" if name == "latents" else "skills.py"
+    try:
+        rows = np.load(path)
+    except (OSError, ValueError):
+        rows = np.zeros((0, 1))
     if len(rows) != dataset.total or not np.isfinite(rows).all():
-        fail(f"{path} is missing or of other data: run `python {script}` with the same --out first")
+        script = "lam.py" if name == "latents" else "skills.py"
+        fail(f"{path} is missing, damaged or of other data: run `python {script}` with this --out")
     return rows
 
 
@@ -446,7 +449,8 @@ def main():
         shares[args.slow[1] if "encoder" in name else share].append(parameter)
     groups = [{"params": parameters, "share": share} for share, parameters in shares.items()]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.01)
-    settings = vars(args) | {"data": data.checksum(*raw)}
+    made_from = {d.name: data.checksum(z) for d, z in zip(sets, raw, strict=True)}
+    settings = vars(args) | {"data": [d.checksum() for d in sets], "latents": made_from}
     path = Path(args.out, "skills.pt")
     first, log = data.resume(path, "skills", settings, model, optimizer)
     seen, begin = [], time.time()
