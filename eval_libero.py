@@ -45,6 +45,7 @@ from skills import read_skills
 
 LIMITS = {"toy": data.TOY_LIMIT, "libero_spatial": 220, "libero_object": 280}
 LIMITS |= {"libero_goal": 300, "libero_10": 520}  # the most steps of an episode
+SETTLE = 10  # steps of rest before the policy acts: objects fall into place
 TIMEOUT = 900  # seconds: LIBERO's reset tries again for ever when it fails
 CAMERAS = {"frames": "agentview_image", "wrist": "robot0_eye_in_hand_image"}
 
@@ -57,23 +58,12 @@ def get_args():
     add("--demos", type=amount, nargs="+", default=[0.1], help="what policy.py had as --demos")
     add("--out", nargs="+", default=["out/toy"], help="run folders; several (seeds) are pooled")
     add("--episodes", type=COUNT, default=10, help="episodes a task")
-    add(
-        "--tasks",
-        type=number(int, 0, 9),
-        nargs="+",
-        default=list(range(10)),
-        help="numbered by their names",
-    )
+    add("--tasks", type=number(int, 0, 9), nargs="+", default=range(10), help="sorted by name")
     add("--execute", type=COUNT, help="steps between two decisions, if not 1 (toy) or 8 (LIBERO)")
     add("--max-steps", type=COUNT, help="steps of an episode, if not the suite's")
-    add("--settle", type=COUNT, default=10, help="LIBERO: steps of rest before the policy acts")
     add("--clear", type=REAL, default=0.5, help="LIBERO: grip commands within +-this are ignored")
     add("--workers", type=COUNT, default=2, help="LIBERO: simulators, a process each")
-    add(
-        "--prompt",
-        choices=["video", "other"],
-        help="toy: a hand's video, not a text, tells the task",
-    )
+    add("--prompt", choices=["video", "other"], help="toy: a video, not a text, tells the task")
     add("--replay", metavar="DIR", help="LIBERO: play the demonstrations of DIR's HDF5 files")
     add("--seed", type=SEED, default=0, help="of the environments")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -224,7 +214,7 @@ class Simulator:
             if self.task is not None:
                 self.env.close()
             bddl = self.suite.get_task_bddl_file_path(index)
-            horizon = self.args.settle + self.limit + 1
+            horizon = SETTLE + self.limit + 1
             self.env = OffScreenRenderEnv(bddl_file_name=bddl, horizon=horizon)  # of 128 x 128
             self.states = load_states(self.folder / self.suite.get_task(index).init_states_file)
             self.task = number
@@ -243,9 +233,7 @@ class Simulator:
             )
         self.env.set_init_state(self.states[episode])
         still = [0, 0, 0, 0, 0, 0, -1.0]  # the hand is open
-        observed, success, _ = self.run([still] * self.args.settle)
-        if success:
-            raise ValueError("it succeeds before the policy acts: choose another --settle")
+        observed, _, _ = self.run([still] * SETTLE)
         return self.look(observed)
 
     def execute(self, actions):
@@ -469,7 +457,8 @@ def evaluate(args, out, name, demos, agent):
             fail(f"{path} is of other data than --suite {args.suite}")
     limit = args.max_steps or LIMITS[args.suite]
     settings = {"suite": args.suite, "policy": trained, "execute": execute, "limit": limit}
-    settings |= {key: getattr(args, key) for key in ("seed", "settle", "clear", "replay", "prompt")}
+    settings["settle"] = SETTLE
+    settings |= {key: getattr(args, key) for key in ("seed", "clear", "replay", "prompt")}
     if not toy:
         settings |= {name: version(name) for name in ("libero", "robosuite", "mujoco")}
         settings["renderer"] = os.environ["MUJOCO_GL"]

@@ -773,9 +773,9 @@ def test_libero_observations_are_those_of_the_official_loop(libero, monkeypatch)
     monkeypatch.setattr(policy.Agent, "act", remember)
     words = ["--suite", "libero_object", "--out", ".", "--tasks", 0, "--episodes", 2]
 
-    run(eval_libero, *words, "--variant", "flat", "--settle", 2, "--workers", 1, "--clear", 0)
+    run(eval_libero, *words, "--variant", "flat", "--workers", 1, "--clear", 0)
 
-    actions = [[0, 0, 0, 0, 0, 0, -1.0]] * 2
+    actions = [[0, 0, 0, 0, 0, 0, -1.0]] * 10
     assert len(seen) == 4  # two episodes of six steps, two decisions each
     for frames, wrist, proprio, texts, _, chosen in seen[2:]:
         env.seed(0)
@@ -805,7 +805,7 @@ def test_libero_demonstration_is_replayed_from_its_own_state(libero):
 
 
 def test_libero_worker_that_dies_is_replaced_and_its_episode_repeated(libero):
-    args = SimpleNamespace(workers=1, suite="libero_object", max_steps=6, settle=2, seed=0)
+    args = SimpleNamespace(workers=1, suite="libero_object", max_steps=6, seed=0)
     args.clear, args.replay = 0.5, None
     jobs = [(0, 3), (0, 4)]
     pool = eval_libero.LiberoPool(jobs, args, 32)
