@@ -14,7 +14,6 @@ Writes OUT/eval_SUITE_NAME_DEMOS.json, a GIF of each task's first success and fi
 OUT/eval_SUITE.png, success over demonstrations with Wilson's 95 % intervals.
 """
 
-import importlib.util
 import json
 import logging
 import math
@@ -27,12 +26,12 @@ import zlib
 from contextlib import suppress
 from ctypes.util import find_library
 from importlib.metadata import version
+from importlib.util import find_spec
 from multiprocessing.connection import wait
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import binomtest
@@ -131,32 +130,21 @@ def read_prompts(pool, out, agent, device):
 def prepare_libero(folder):
     """Choose a renderer, fetch the assets, and write the configuration that LIBERO would ask for on
     the keyboard into this folder: the one in the home folder may be of another LIBERO."""
-    if not (importlib.util.find_spec("libero") and importlib.util.find_spec("robosuite")):
+    if not (find_spec("libero") and find_spec("robosuite")):
         install = "pip install --no-deps libero==0.1.1 bddl==1.0.1"
         fail(f"LIBERO is not installed: pip install -r requirements.txt && {install}")
-    libraries = {"egl": "EGL", "osmesa": "OSMesa"}
-    found = [name for name, library in libraries.items() if find_library(library)]
-    chosen = os.environ.setdefault("MUJOCO_GL", found[0] if found else "egl")
-    if chosen in libraries and chosen not in found:
-        fail(f"no {libraries[chosen]} here: apt-get install libegl1 libgl1-mesa-dri libosmesa6")
-    root = Path(importlib.util.find_spec("libero").submodule_search_locations[0], "libero")
-    folders = {"benchmark_root": root, "init_states": root / "init_files"}
-    folders |= {key: root / key for key in ("bddl_files", "datasets", "assets")}
-    lines = [f"{key}: {path}\n" for key, path in folders.items()]
-    Path(folder, "config.yaml").write_text("".join(lines))
+    renderer = os.environ.setdefault("MUJOCO_GL", "egl" if find_library("EGL") else "osmesa")
+    library = {"egl": "EGL", "osmesa": "OSMesa"}.get(renderer)
+    if library and not find_library(library):
+        fail(f"no {library} here: apt-get install libegl1 libgl1-mesa-dri libosmesa6")
+    root = Path(find_spec("libero").submodule_search_locations[0], "libero")
+    paths = f"bddl_files: {root / 'bddl_files'}\ninit_states: {root / 'init_files'}\n"
+    Path(folder, "config.yaml").write_text(paths)
     os.environ["LIBERO_CONFIG_PATH"] = str(folder)
     from libero.libero import get_assets_path
 
     if not Path(get_assets_path()).exists():  # LIBERO has just tried to download them
         fail(f"no assets: `pip install huggingface_hub`, or put LIBERO's into {root / 'assets'}")
-
-
-def load_states(path):
-    """The 50 fixed initial states of a task, from pickled numpy, without running any code in it."""
-    rebuild = (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct")
-    safe = [rebuild, np.ndarray, np.dtype, np.dtypes.Float64DType]
-    with torch.serialization.safe_globals(safe):
-        return torch.load(path, weights_only=True)
 
 
 def set_demonstration(env, path, number):
@@ -194,11 +182,10 @@ class Simulator:
     """One LIBERO environment at a time, inside a worker process."""
 
     def __init__(self, args):
-        from libero.libero import benchmark, get_libero_path
+        from libero.libero import benchmark
 
         self.suite = benchmark.get_benchmark(args.suite)()
         self.names = self.suite.get_task_names()
-        self.folder = Path(get_libero_path("init_states"), args.suite)
         self.limit = args.max_steps or LIMITS[args.suite]
         self.args = args
         self.task = None  # number of the task whose scene self.env is
@@ -216,7 +203,7 @@ class Simulator:
             bddl = self.suite.get_task_bddl_file_path(index)
             horizon = SETTLE + self.limit + 1
             self.env = OffScreenRenderEnv(bddl_file_name=bddl, horizon=horizon)  # of 128 x 128
-            self.states = load_states(self.folder / self.suite.get_task(index).init_states_file)
+            self.states = self.suite.get_task_init_states(index)  # 50, fixed
             self.task = number
         self.switch_cameras(True)
         self.env.seed(self.args.seed)
@@ -228,9 +215,7 @@ class Simulator:
             _, success, steps = self.run(set_demonstration(self.env, file, episode))
             return success, steps
         if episode >= len(self.states):
-            raise ValueError(
-                f"a task has {len(self.states)} initial states: --episodes is too many"
-            )
+            raise ValueError(f"it has {len(self.states)} initial states: --episodes is too many")
         self.env.set_init_state(self.states[episode])
         still = [0, 0, 0, 0, 0, 0, -1.0]  # the hand is open
         observed, _, _ = self.run([still] * SETTLE)
