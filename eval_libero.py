@@ -21,13 +21,14 @@ import multiprocessing
 import os
 import signal
 import tempfile
-import threading
 import zlib
 from contextlib import suppress
 from ctypes.util import find_library
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import groupby
 from multiprocessing.connection import wait
+from operator import itemgetter
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -46,7 +47,7 @@ LIMITS = {"toy": data.TOY_LIMIT, "libero_spatial": 220, "libero_object": 280}
 LIMITS |= {"libero_goal": 300, "libero_10": 520}  # the most steps of an episode
 SETTLE = 10  # steps of rest before the policy acts: objects fall into place
 TIMEOUT = 900  # seconds: LIBERO's reset tries again for ever when it fails
-CAMERAS = {"frames": "agentview_image", "wrist": "robot0_eye_in_hand_image"}
+CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")  # frames, wrist
 
 
 def get_args():
@@ -66,22 +67,24 @@ def get_args():
     add("--replay", metavar="DIR", help="LIBERO: play the demonstrations of DIR's HDF5 files")
     add("--seed", type=SEED, default=0, help="of the environments")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.max_steps = args.max_steps or LIMITS[args.suite]
+    return args
 
 
 # ------------------------------------------------------------ the toy world as a pool of simulators
 class ToyPool:
     """All episodes at once. jobs: a list of (task, episode), called by their places in it."""
 
-    def __init__(self, jobs, limit, size, seed, prompt=None):
+    def __init__(self, jobs, args, size):
         self.goals = [TASKS[task] for task, _ in jobs]
-        if prompt:  # all 48 goals, of which the robot was shown 10
+        if args.prompt:  # all 48 goals, of which the robot was shown 10
             self.goals = [GOALS[(5 * task + episode) % len(GOALS)] for task, episode in jobs]
-        self.seeds = [[7_000_000 + seed, *job] for job in jobs]
+        self.seeds = [[7_000_000 + args.seed, *job] for job in jobs]
         self.world = data.ToyWorld(self.goals, self.seeds, size=size)
         self.prompts = None  # or for each job its video's skills, (T, D)
         self.alive = np.ones(len(jobs), bool)
-        self.limit = limit
+        self.limit = args.max_steps
         self.steps = 0
 
     def observe(self):
@@ -179,96 +182,89 @@ def keep_grip(actions, grip, clear):
 
 
 class Simulator:
-    """One LIBERO environment at a time, inside a worker process."""
+    """LIBERO's scene of one task, in a worker process; the policy is at the pipe's other end."""
 
-    def __init__(self, args):
-        from libero.libero import benchmark
-
-        self.suite = benchmark.get_benchmark(args.suite)()
-        self.names = self.suite.get_task_names()
-        self.limit = args.max_steps or LIMITS[args.suite]
-        self.args = args
-        self.task = None  # number of the task whose scene self.env is
-
-    def begin(self, number, episode):
-        """Start an episode of a task: seed, reset, then the fixed state, in this order. Returns its
-        first observation, or with --replay its outcome."""
+    def __init__(self, suite, task, args, size, pipe):
         from libero.libero.envs import OffScreenRenderEnv
 
-        name = sorted(self.names, key=data.natural)[number]  # numbered as in policy.py
-        index = self.names.index(name)  # LIBERO's own number
-        if number != self.task:  # a scene is slow to build
-            if self.task is not None:
-                self.env.close()
-            bddl = self.suite.get_task_bddl_file_path(index)
-            horizon = SETTLE + self.limit + 1
-            self.env = OffScreenRenderEnv(bddl_file_name=bddl, horizon=horizon)  # of 128 x 128
-            self.states = self.suite.get_task_init_states(index)  # 50, fixed
-            self.task = number
+        names = suite.get_task_names()
+        self.name = sorted(names, key=data.natural)[task]  # numbered as in policy.py
+        index = names.index(self.name)  # LIBERO's own number
+        self.states = suite.get_task_init_states(index)  # 50, fixed
+        bddl = suite.get_task_bddl_file_path(index)
+        self.env = OffScreenRenderEnv(bddl_file_name=bddl, horizon=10**9)  # we count its steps
+        self.args = args
+        self.size = size
+        self.pipe = pipe
+
+    def play(self, episode):
+        """An episode: seed, reset, the fixed state, in this order, and rest; then what is seen is
+        sent, and actions (n, 7) are received, to its end. Returns (success, steps)."""
         self.switch_cameras(True)
         self.env.seed(self.args.seed)
         self.env.reset()
-        self.steps = 0
-        self.grip = -1.0
         if self.args.replay:
-            file = Path(self.args.replay, f"{name}_demo.hdf5")
-            _, success, steps = self.run(set_demonstration(self.env, file, episode))
+            path = Path(self.args.replay, f"{self.name}_demo.hdf5")
+            _, success, steps = self.run(set_demonstration(self.env, path, episode))
             return success, steps
         if episode >= len(self.states):
             raise ValueError(f"it has {len(self.states)} initial states: --episodes is too many")
         self.env.set_init_state(self.states[episode])
         still = [0, 0, 0, 0, 0, 0, -1.0]  # the hand is open
-        observed, _, _ = self.run([still] * SETTLE)
-        return self.look(observed)
-
-    def execute(self, actions):
-        """Run actions (n, 7); returns the next observation, or (success, steps) at the end."""
-        actions = keep_grip(actions[: self.limit - self.steps], self.grip, self.args.clear)
-        self.grip = actions[-1, -1]
-        observed, success, steps = self.run(actions)
-        self.steps += steps
-        if success or self.steps >= self.limit:
-            return success, self.steps
-        return self.look(observed)
+        observed, success, _ = self.run([still] * SETTLE)
+        grip = -1.0
+        steps = 0
+        while not success and steps < self.args.max_steps:
+            self.pipe.send(("sees", self.look(observed)))
+            actions = self.pipe.recv()[: self.args.max_steps - steps]
+            actions = keep_grip(actions, grip, self.args.clear)
+            grip = actions[-1, -1]
+            observed, success, taken = self.run(actions)
+            steps += taken
+        return success, steps
 
     def run(self, actions):
-        """Step until success or the last action, for which alone the cameras are on."""
+        """Step until success or the last action, for which alone the cameras are on. Returns the
+        last observation, success and the steps taken."""
+        signal.alarm(TIMEOUT)
         for i, action in enumerate(actions):
             self.switch_cameras(i == len(actions) - 1)
             observed, _, done, _ = self.env.step(action)
             if done:
-                return observed, True, i + 1
-        return observed, False, len(actions)
+                break
+        return observed, bool(done), i + 1
 
     def switch_cameras(self, on):
-        for name in CAMERAS.values():  # set_enabled() would blank the image and restart its clock
+        for name in CAMERAS:  # set_enabled() would blank the image and restart its clock
             self.env.env._observables[name]._enabled = on
 
     def look(self, observed):
-        """What the policy sees; the sentence is the BDDL file's, as in the demonstrations."""
-        seen = {key: observed[name] for key, name in CAMERAS.items()}
+        """What the policy sees: frames, wrist (S, S, 3), proprio (9,), and the sentence, which is
+        the BDDL file's, as in the demonstrations."""
+        frames, wrist = data.resize([observed[name] for name in CAMERAS], self.size)
         body = [observed["robot0_joint_pos"], observed["robot0_gripper_qpos"]]
-        return seen | {"proprio": np.concatenate(body), "text": self.env.language_instruction}
+        return frames, wrist, np.concatenate(body), self.env.language_instruction
 
 
-def end_with_parent():
-    """End this process when the one that started it has ended."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def worker(pipe, args):
-    """A process: receives (task, episode), actions (n, 7) or None; sends what Simulator returns."""
+def worker(pipe, jobs, args, size):
+    """A process that plays jobs, (task, episode), and sends each one's outcome, or what went wrong,
+    which ends it, as does the end of the process at the pipe's other end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends us
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    signal.alarm(TIMEOUT)  # ends this process, unless it is set anew in time
+    logging.disable(logging.WARNING)
     try:
-        logging.disable(logging.WARNING)
-        simulator = Simulator(args)
-        while (message := pipe.recv()) is not None:
-            begin = isinstance(message, tuple)
-            pipe.send(simulator.begin(*message) if begin else simulator.execute(message))
+        from libero.libero.benchmark import get_benchmark
+
+        suite = get_benchmark(args.suite)()
+        for task, episodes in groupby(jobs, itemgetter(0)):  # a scene is slow to build
+            simulator = Simulator(suite, task, args, size, pipe)
+            for _, episode in episodes:
+                pipe.send(("ended", simulator.play(episode)))
+            simulator.env.close()
     except Exception as error:
-        pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        problem = " ".join(str(error).split())[:200]
+        with suppress(OSError):  # where nobody listens any more
+            pipe.send(("failed", f"{type(error).__name__}: {problem}"))
     os._exit(0)  # skips the simulator's noisy destructors
 
 
@@ -276,75 +272,61 @@ class LiberoPool:
     """ToyPool's interface over --workers processes, spawned: a simulator must not be forked."""
 
     def __init__(self, jobs, args, size):
+        self.jobs = jobs
         self.args = args
         self.size = size
-        self.jobs = jobs
-        self.left = iter(range(len(jobs)))
-        self.processes = {}  # {pipe: the process at its other end}
-        self.busy = {}  # {pipe: job} of the workers that simulate
+        self.left = {}  # {pipe: jobs of the worker at its other end, of which it plays the first}
         self.seen = {}  # {job: (pipe, observation)} of those that wait for a decision
         self.repeated = set()  # jobs whose worker died
-        for _ in range(min(args.workers, len(jobs))):
-            self.begin(self.start_worker(), next(self.left))
+        for first in range(min(args.workers, len(jobs))):
+            self.start(list(range(first, len(jobs), args.workers)))
 
-    def start_worker(self):
+    def start(self, left):
+        """Start a worker with these jobs."""
         context = multiprocessing.get_context("spawn")
         pipe, theirs = context.Pipe()
-        process = context.Process(target=worker, args=(theirs, self.args), daemon=True)
-        process.start()
-        self.processes[pipe] = process
-        return pipe
-
-    def begin(self, pipe, job):
-        """Give a worker its next job, or, where none is left, None, which ends it."""
-        self.send(pipe, None if job is None else self.jobs[job], job)
-
-    def send(self, pipe, message, job):
-        with suppress(OSError):  # a worker that has died is noticed when it does not answer
-            pipe.send(message)
-        if job is not None:
-            self.busy[pipe] = job
+        jobs = [self.jobs[job] for job in left]
+        words = (theirs, jobs, self.args, self.size)
+        context.Process(target=worker, args=words, daemon=True).start()
+        self.left[pipe] = left
 
     def observe(self):
+        """As ToyPool's, of the workers that wait: perhaps none."""
         if not self.seen:
-            return [], None, None, None, None, None
+            return [], None
         looks = [look for _, look in self.seen.values()]
-        frames = data.resize(np.stack([look["frames"] for look in looks]), self.size)
-        wrist = data.resize(np.stack([look["wrist"] for look in looks]), self.size)
-        proprio = np.stack([look["proprio"] for look in looks])
-        return list(self.seen), frames, wrist, proprio, [look["text"] for look in looks], None
+        frames, wrist, proprio, texts = zip(*looks, strict=True)
+        return list(self.seen), np.stack(frames), np.stack(wrist), np.stack(proprio), texts, None
 
     def execute(self, waiting, actions):
-        """As ToyPool's; then waits for a worker or more to be done."""
+        """As ToyPool's; then waits for a worker or more. A job whose worker fails, dies or hangs
+        begins again, once, with another worker; it is returned as (job, None, 0)."""
         for job, chunk in zip(waiting, actions, strict=True):
             pipe, _ = self.seen.pop(job)
-            self.send(pipe, chunk, job)
+            with suppress(OSError):  # a worker that has died is noticed below
+                pipe.send(chunk)
         ended = []
-        ready = wait(list(self.busy), TIMEOUT)
-        for pipe in ready or list(self.busy):
-            job = self.busy.pop(pipe)
+        for pipe in wait(list(self.left)):
+            job = self.left[pipe][0]
             try:
-                message = pipe.recv() if ready else f"no answer for {TIMEOUT} s"
+                kind, content = pipe.recv()
             except (EOFError, OSError):
-                message = "the simulator died"
-            if isinstance(message, str):
-                self.repeat(pipe, job, message)
-                ended.append((job, None, 0))
-            elif isinstance(message, dict):
-                self.seen[job] = (pipe, message)
+                kind, content = "failed", f"the simulator died, or hung for {TIMEOUT} s"
+            if kind == "sees":
+                self.seen[job] = (pipe, content)
+            elif kind == "ended":
+                ended.append((job, *content))
+                self.left[pipe].pop(0)
+                if not self.left[pipe]:
+                    del self.left[pipe]
             else:
-                ended.append((job, *message))
-                self.begin(pipe, next(self.left, None))
+                task, episode = self.jobs[job]
+                if job in self.repeated:
+                    fail(f"task {task}, episode {episode}: {content}; start again to go on")
+                self.repeated.add(job)
+                self.start(self.left.pop(pipe))
+                ended.append((job, None, 0))
         return ended
-
-    def repeat(self, pipe, job, problem):
-        """Begin a job again, once, with a new worker in place of one that died or hangs."""
-        task, episode = self.jobs[job]
-        self.processes.pop(pipe).kill()
-        if job in self.repeated:
-            fail(f"task {task}, episode {episode}: {problem}; start again to go on")
-        self.repeated.add(job)
-        self.begin(self.start_worker(), job)
 
 
 # --------------------------------------------------------------------------------------- rollouts
@@ -440,8 +422,7 @@ def evaluate(args, out, name, demos, agent):
         execute = min(execute, agent.low.chunk)
         if agent.shape["proprio"] != (3 if toy else 9):
             fail(f"{path} is of other data than --suite {args.suite}")
-    limit = args.max_steps or LIMITS[args.suite]
-    settings = {"suite": args.suite, "policy": trained, "execute": execute, "limit": limit}
+    settings = {"suite": args.suite, "policy": trained, "execute": execute, "limit": args.max_steps}
     settings["settle"] = SETTLE
     settings |= {key: getattr(args, key) for key in ("seed", "clear", "replay", "prompt")}
     if not toy:
@@ -458,11 +439,10 @@ def evaluate(args, out, name, demos, agent):
     wanted = [(task, episode) for task in args.tasks for episode in range(args.episodes)]
     jobs = [job for job in wanted if job not in records]
     if toy:
-        pool = ToyPool(jobs, limit, size, args.seed, args.prompt)
+        pool = ToyPool(jobs, args, size)
         if args.prompt and jobs:  # other, a control: the video of the next episode's table
             shown = [(task, episode + (args.prompt == "other")) for task, episode in jobs]
-            tables = ToyPool(shown, limit, size, args.seed, args.prompt)
-            pool.prompts = read_prompts(tables, out, agent, device)
+            pool.prompts = read_prompts(ToyPool(shown, args, size), out, agent, device)
     else:
         pool = LiberoPool(jobs, args, size)
     ended = run_episodes(jobs, pool, agent, execute)
