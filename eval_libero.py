@@ -102,9 +102,9 @@ class ToyPool:
     def execute(self, waiting, actions):
         """Take actions (B, n, A), n steps; returns a list of (job, success, steps) that ended."""
         ended = []
-        for n in range(actions.shape[1]):
-            every = np.zeros((len(self.goals), actions.shape[2]))
-            every[waiting] = actions[:, n]
+        for action in np.stack(actions, axis=1):  # (B, A), one step
+            every = np.zeros((len(self.goals), action.shape[1]))
+            every[waiting] = action
             success = self.world.step(every)
             self.steps += 1
             over = self.alive & (success | (self.steps >= self.limit))
@@ -286,8 +286,9 @@ class LiberoPool:
         context = multiprocessing.get_context("spawn")
         pipe, theirs = context.Pipe()
         jobs = [self.jobs[job] for job in left]
-        words = (theirs, jobs, self.args, self.size)
-        context.Process(target=worker, args=words, daemon=True).start()
+        process = context.Process(target=worker, args=(theirs, jobs, self.args, self.size))
+        process.daemon = True
+        process.start()
         self.left[pipe] = left
 
     def observe(self):
@@ -295,7 +296,7 @@ class LiberoPool:
         if not self.seen:
             return [], None
         looks = [look for _, look in self.seen.values()]
-        frames, wrist, proprio, texts = zip(*looks, strict=True)
+        frames, wrist, proprio, texts = map(list, zip(*looks, strict=True))
         return list(self.seen), np.stack(frames), np.stack(wrist), np.stack(proprio), texts, None
 
     def execute(self, waiting, actions):
@@ -330,25 +331,14 @@ class LiberoPool:
 
 
 # --------------------------------------------------------------------------------------- rollouts
-class Ensemble:
+def ensemble(past, chunk, execute):
     """Temporal aggregation: a step's action is the mean of all chunks that predicted it, weighted
-    by exp(-0.01 i), i counted from the oldest (ACT, BAKU)."""
-
-    def __init__(self):
-        self.past = {}  # {job: (age, weighted sum of chunks, sum of weights), from now on}
-
-    def __call__(self, waiting, chunks, execute):
-        """chunks (B, chunk, A), predicted now -> the next `execute` actions of each job."""
-        actions = []
-        for job, chunk in zip(waiting, chunks, strict=True):
-            age, total, weight = self.past.get(job, (0, 0 * chunk, np.zeros((len(chunk), 1))))
-            total = total + math.exp(-0.01 * age) * chunk
-            weight = weight + math.exp(-0.01 * age)
-            actions.append(total[:execute] / weight[:execute])
-            later = ((0, execute), (0, 0))  # steps of which nothing is known yet
-            total, weight = np.pad(total[execute:], later), np.pad(weight[execute:], later)
-            self.past[job] = (age + execute, total, weight)
-        return np.stack(actions)
+    by exp(-0.01 i), i counted from the oldest (ACT, BAKU). chunk (n, A): predicted now; past: the
+    sum of earlier ones from now on, (n, A + 1), 0 at first. Returns actions (execute, A), past."""
+    weights = np.ones((len(chunk), 1))
+    total = past + np.hstack([chunk, weights])  # the last column sums the weights
+    later = np.vstack([total[execute:], 0 * total[:execute]])
+    return total[:execute, :-1] / total[:execute, -1:], math.exp(0.01 * execute) * later
 
 
 def rate(wins, episodes):
@@ -388,18 +378,19 @@ def read_records(log, settings):
 def run_episodes(jobs, pool, agent, execute):
     """The rollout loop: observe, decide, execute. Yields ((task, episode), success, steps, film) of
     each job when it ends; film: the frames that the policy saw."""
-    ensemble = Ensemble()
+    past = dict.fromkeys(range(len(jobs)), 0)  # what was predicted for each job's next steps
     films = {job: [] for job in range(len(jobs))}
     while films:
         waiting, frames, *rest = pool.observe()
+        chunks = agent.act(frames, *rest) if len(waiting) else []
         actions = []
-        if len(waiting):
-            actions = ensemble(waiting, agent.act(frames, *rest), execute)
-            for job, frame in zip(waiting, frames, strict=True):
-                films[job].append(frame)
+        for job, chunk in zip(waiting, chunks, strict=True):
+            chosen, past[job] = ensemble(past[job], chunk, execute)
+            actions.append(chosen)
+            films[job].append(frames[len(actions) - 1])
         for job, success, steps in pool.execute(waiting, actions):
             if success is None:  # it begins again
-                ensemble.past.pop(job, None)
+                past[job] = 0
                 films[job] = []
             else:
                 yield jobs[job], success, steps, films.pop(job)

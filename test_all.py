@@ -681,16 +681,16 @@ def test_two_processes_train_like_one_with_twice_the_batch(trained, folder, scri
 # ------------------------------------------------------------------------------------- evaluation
 @pytest.mark.parametrize("execute", [1, 3, 4])
 def test_ensemble_equals_the_loop(execute):
-    ensemble, chunks = eval_libero.Ensemble(), noise(7, 2, 4, 3).numpy()  # 7 decisions, 2 jobs
-    for d, jobs in enumerate([[0, 1]] * 4 + [[1]] * 3):  # the first episode ends earlier
-        found = ensemble(jobs, chunks[d, jobs], execute)
+    past, chunks = 0, noise(7, 4, 3).numpy()  # 7 decisions
+    for d, chunk in enumerate(chunks):
+        found, past = eval_libero.ensemble(past, chunk, execute)
 
-        for i, n in np.ndindex(len(jobs), execute):
+        for n in range(execute):
             step = d * execute + n
             told = [e for e in range(d + 1) if step - e * execute < 4]  # decisions about this step
-            predicted = [chunks[e, jobs[i], step - e * execute] for e in told]
+            predicted = [chunks[e, step - e * execute] for e in told]
             weights = [np.exp(-0.01 * e * execute) for e in told]  # older ones weigh more
-            assert np.allclose(found[i, n], np.average(predicted, 0, weights), atol=1e-5)
+            assert np.allclose(found[n], np.average(predicted, 0, weights), atol=1e-5)
 
 
 def test_keep_grip_holds_the_last_clear_command():
