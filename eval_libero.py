@@ -294,7 +294,7 @@ class LiberoPool:
     def observe(self):
         """As ToyPool's, of the workers that wait: perhaps none."""
         if not self.seen:
-            return [], None
+            return [], []
         looks = [look for _, look in self.seen.values()]
         frames, wrist, proprio, texts = map(list, zip(*looks, strict=True))
         return list(self.seen), np.stack(frames), np.stack(wrist), np.stack(proprio), texts, None
@@ -349,30 +349,26 @@ def rate(wins, episodes):
 
 
 def save_film(path, film, upside_down):
-    """Save frames (S, S, 3) as a GIF, enlarged, unless it is there already."""
-    if film and not path.exists():
-        images = [Image.fromarray(frame[::-1] if upside_down else frame) for frame in film]
-        images = [image.resize((192, 192), Image.NEAREST) for image in images]
-        pace = 300 if upside_down else 100  # milliseconds; LIBERO is seen every 8 steps
-        images[0].save(path, save_all=True, append_images=images[1:], duration=pace, loop=0)
+    """Save frames (S, S, 3) as a GIF, enlarged."""
+    flip = -1 if upside_down else 1
+    images = [Image.fromarray(frame[::flip]).resize((192, 192), Image.NEAREST) for frame in film]
+    pace = 300 if upside_down else 100  # milliseconds; LIBERO is seen every 8 steps
+    images[0].save(path, save_all=True, append_images=images[1:], duration=pace, loop=0)
 
 
-def read_records(log, settings):
-    """What a log (.jsonl) holds under these settings: {(task, episode): record}. A last line that a
-    kill cut off is removed from it."""
-    text = log.read_text() if log.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        log.write_text(whole)
+def read_log(log, settings):
+    """The lines of a log (.jsonl), but for a last one that was cut off, and what they hold under
+    these settings: {(task, episode): record}."""
+    lines = log.read_text().split("\n")[:-1] if log.exists() else []
     records = {}
-    for line in whole.splitlines():
+    for line in lines:
         try:
             record = json.loads(line)
             if record.pop("settings") == settings:
                 records[record["task"], record["episode"]] = record
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             fail(f"{log} is damaged: delete it, or its line {line[:40]!r}")
-    return records
+    return lines, records
 
 
 def run_episodes(jobs, pool, agent, execute):
@@ -384,10 +380,10 @@ def run_episodes(jobs, pool, agent, execute):
         waiting, frames, *rest = pool.observe()
         chunks = agent.act(frames, *rest) if len(waiting) else []
         actions = []
-        for job, chunk in zip(waiting, chunks, strict=True):
+        for job, frame, chunk in zip(waiting, frames, chunks, strict=True):
+            films[job].append(frame)
             chosen, past[job] = ensemble(past[job], chunk, execute)
             actions.append(chosen)
-            films[job].append(frames[len(actions) - 1])
         for job, success, steps in pool.execute(waiting, actions):
             if success is None:  # it begins again
                 past[job] = 0
@@ -423,7 +419,7 @@ def evaluate(args, out, name, demos, agent):
         settings[path.name] = path.stat().st_mtime
     log = Path(out, f"{stem}.jsonl")
     data.claim(log)
-    records = read_records(log, settings)
+    lines, records = read_log(log, settings)
     if not records:
         for film in Path(out).glob(f"{stem}_task*.gif"):  # those of an older policy
             film.unlink()
@@ -438,15 +434,13 @@ def evaluate(args, out, name, demos, agent):
         pool = LiberoPool(jobs, args, size)
     ended = run_episodes(jobs, pool, agent, execute)
     for job, success, steps, film in tqdm(ended, f"{args.suite} {name}", len(jobs), disable=None):
-        record = {"task": job[0], "episode": job[1], "success": success, "steps": steps}
-        records[job] = record
-        try:
-            with open(log, "a") as file:
-                file.write(json.dumps(record | {"settings": settings}) + "\n")
-        except OSError as error:
-            fail(f"{log} cannot be written ({error}); start again to go on")
         outcome = "success" if success else "failure"
-        save_film(Path(out, f"{stem}_task{job[0]}_{outcome}.gif"), film, not toy)
+        seen = {(record["task"], record["success"]) for record in records.values()}
+        if film and (job[0], success) not in seen:
+            save_film(Path(out, f"{stem}_task{job[0]}_{outcome}.gif"), film, not toy)
+        records[job] = {"task": job[0], "episode": job[1], "success": success, "steps": steps}
+        lines.append(json.dumps(records[job] | {"settings": settings}))
+        write(log, "\n".join(lines) + "\n")
     wins = dict.fromkeys(args.tasks, 0)
     for task, episode in wanted:
         wins[task] += records[task, episode]["success"]
