@@ -207,8 +207,6 @@ class Simulator:
             path = Path(self.args.replay, f"{self.name}_demo.hdf5")
             _, success, steps = self.run(set_demonstration(self.env, path, episode))
             return success, steps
-        if episode >= len(self.states):
-            raise ValueError(f"it has {len(self.states)} initial states: --episodes is too many")
         self.env.set_init_state(self.states[episode])
         still = [0, 0, 0, 0, 0, 0, -1.0]  # the hand is open
         observed, success, _ = self.run([still] * SETTLE)
@@ -397,26 +395,27 @@ def evaluate(args, out, name, demos, agent):
     holds."""
     device, _, _ = data.start(out, args.device)
     toy = args.suite == "toy"
-    stem = f"eval_{args.suite}_{name}" + ("" if args.replay else f"_{demos}")
-    stem += f"_{args.prompt}" if args.prompt else ""
-    trained, size = None, None
+    stem = f"eval_{args.suite}_{name}_{demos}"
+    if args.prompt:
+        stem += f"_{args.prompt}"
     execute = args.execute or (1 if toy else 8)
-    if not args.replay:
+    if args.replay:
+        files = sorted(Path(args.replay).glob("*_demo.hdf5"))
+        source = {file.name: file.stat().st_mtime for file in files}
+        size = None
+    else:
         path = Path(out, f"policy_{name}_{demos}.pt")
-        agent.to(device)
-        trained = zlib.crc32(path.read_bytes())
-        size = agent.shape["size"]
-        execute = min(execute, agent.low.chunk)
         if agent.shape["proprio"] != (3 if toy else 9):
             fail(f"{path} is of other data than --suite {args.suite}")
-    settings = {"suite": args.suite, "policy": trained, "execute": execute, "limit": args.max_steps}
-    settings["settle"] = SETTLE
+        source = zlib.crc32(path.read_bytes())
+        size = agent.shape["size"]
+        execute = min(execute, agent.low.chunk)
+        agent.to(device)
+    settings = {"suite": args.suite, "policy": source, "execute": execute, "limit": args.max_steps}
     settings |= {key: getattr(args, key) for key in ("seed", "clear", "replay", "prompt")}
     if not toy:
         settings |= {name: version(name) for name in ("libero", "robosuite", "mujoco")}
         settings["renderer"] = os.environ["MUJOCO_GL"]
-    for path in Path(args.replay).glob("*_demo.hdf5") if args.replay else []:
-        settings[path.name] = path.stat().st_mtime
     log = Path(out, f"{stem}.jsonl")
     data.claim(log)
     lines, records = read_log(log, settings)
@@ -491,6 +490,8 @@ def main():
         runs = [(*run, load_agent(*run, "cpu")) for run in runs]
     with tempfile.TemporaryDirectory() as folder:
         if args.suite != "toy":
+            if args.episodes > 50:
+                fail(f"--episodes {args.episodes}: LIBERO has 50 initial states a task")
             prepare_libero(folder)
         reports = [evaluate(args, *run) for run in runs]
     summarise(reports, args.suite, Path(args.out[0], f"eval_{args.suite}.png"))
