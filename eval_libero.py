@@ -210,6 +210,8 @@ class Simulator:
         self.env.set_init_state(self.states[episode])
         still = [0, 0, 0, 0, 0, 0, -1.0]  # the hand is open
         observed, success, _ = self.run([still] * SETTLE)
+        if success:
+            raise ValueError("it succeeds before the policy acts")
         grip = -1.0
         steps = 0
         while not success and steps < self.args.max_steps:
