@@ -100,7 +100,7 @@ class ToyPool:
         return waiting, self.world.frames(waiting), None, proprio, texts, skill
 
     def execute(self, waiting, actions):
-        """Take actions (B, n, A), n steps; returns a list of (job, success, steps) that ended."""
+        """Take n steps, actions (B, n, A); returns a list of (job, success, steps) that ended."""
         ended = []
         for action in np.stack(actions, axis=1):  # (B, A), one step
             every = np.zeros((len(self.goals), action.shape[1]))
@@ -226,7 +226,7 @@ class Simulator:
     def run(self, actions):
         """Step until success or the last action, for which alone the cameras are on. Returns the
         last observation, success and the steps taken."""
-        signal.alarm(TIMEOUT)
+        signal.alarm(TIMEOUT)  # anew
         for i, action in enumerate(actions):
             self.switch_cameras(i == len(actions) - 1)
             observed, _, done, _ = self.env.step(action)
@@ -249,7 +249,6 @@ class Simulator:
 def worker(pipe, jobs, args, size):
     """A process that plays jobs, (task, episode), and sends each one's outcome, or what went wrong,
     which ends it, as does the end of the process at the pipe's other end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends us
     signal.alarm(TIMEOUT)  # ends this process, unless it is set anew in time
     logging.disable(logging.WARNING)
     try:
@@ -288,7 +287,9 @@ class LiberoPool:
         jobs = [self.jobs[job] for job in left]
         process = context.Process(target=worker, args=(theirs, jobs, self.args, self.size))
         process.daemon = True
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a child inherits it
         process.start()
+        signal.signal(signal.SIGINT, handler)  # Ctrl-C is for this process, which ends the others
         self.left[pipe] = left
 
     def observe(self):
@@ -333,12 +334,13 @@ class LiberoPool:
 # --------------------------------------------------------------------------------------- rollouts
 def ensemble(past, chunk, execute):
     """Temporal aggregation: a step's action is the mean of all chunks that predicted it, weighted
-    by exp(-0.01 i), i counted from the oldest (ACT, BAKU). chunk (n, A): predicted now; past: the
-    sum of earlier ones from now on, (n, A + 1), 0 at first. Returns actions (execute, A), past."""
-    weights = np.ones((len(chunk), 1))
-    total = past + np.hstack([chunk, weights])  # the last column sums the weights
+    by exp(-0.01 i), i counted from the oldest (ACT, BAKU). chunk (n, A): predicted now; past: sums
+    of what was predicted before and of its weights, (n, A + 1), at first 0. Returns the actions
+    (execute, A) and past for the next decision."""
+    total = past + np.hstack([chunk, np.ones((len(chunk), 1))])  # the newest chunk has weight 1
+    actions = total[:execute, :-1] / total[:execute, -1:]
     later = np.vstack([total[execute:], 0 * total[:execute]])
-    return total[:execute, :-1] / total[:execute, -1:], math.exp(0.01 * execute) * later
+    return actions, math.exp(0.01 * execute) * later  # one that is older then weighs more
 
 
 def rate(wins, episodes):
@@ -393,8 +395,7 @@ def run_episodes(jobs, pool, agent, execute):
 
 
 def evaluate(args, out, name, demos, agent):
-    """Roll out a policy (None: a replay) in the episodes that its log lacks; returns what its .json
-    holds."""
+    """Roll out a policy (None: a replay) in the episodes that its log lacks; returns a report."""
     device, _, _ = data.start(out, args.device)
     toy = args.suite == "toy"
     stem = f"eval_{args.suite}_{name}_{demos}"
@@ -415,6 +416,7 @@ def evaluate(args, out, name, demos, agent):
         agent.to(device)
     settings = {"suite": args.suite, "policy": source, "execute": execute, "limit": args.max_steps}
     settings |= {key: getattr(args, key) for key in ("seed", "clear", "replay", "prompt")}
+    settings["settle"] = SETTLE
     if not toy:
         settings |= {name: version(name) for name in ("libero", "robosuite", "mujoco")}
         settings["renderer"] = os.environ["MUJOCO_GL"]
