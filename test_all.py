@@ -7,7 +7,6 @@ Speed of chunking (pip install h-net-dynamic-chunking==0.5.19): python test_all.
 import json
 import os
 import re
-import resource
 import shutil
 import struct
 import subprocess
@@ -481,6 +480,7 @@ def test_checksum_of_a_set_tells_when_a_file_of_it_has_changed(dataset, name):
 
 @pytest.mark.parametrize("name, content", [("a.npy", np.eye(50)), ("a.pt", torch.eye(50))])
 def test_file_for_which_there_is_no_room_leaves_the_old_one(tmp_path, capsys, name, content):
+    resource = pytest.importorskip("resource")
     data.write(name, content[:1])
     before, limits = contents(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
