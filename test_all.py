@@ -923,7 +923,7 @@ def benchmark():
 # ------------------------------------------------------------------------- killed at random moments
 def kill_and_compare(times):
     """Kill packing, each training and an evaluation so often at random moments, start them again
-    and print how often all files are then, bit for bit, those of an undisturbed run."""
+    and print how often all files then hold, bit for bit, what those of an undisturbed run do."""
     rng = np.random.default_rng(0)
     commands = {"packing": ["-c", "import data; data.pack_toy('data/toy', 40, 4)"]}
     for script in (lam, skills, policy, eval_libero):
@@ -945,10 +945,25 @@ def kill_and_compare(times):
                 process.kill()
                 process.wait()
                 status = quietly(command, tried).wait()
-                equal += status == 0 and contents(tried) == contents(whole)
+                names = contents(whole).keys()
+                same = status == 0 and contents(tried).keys() == names
+                equal += same and all(hold_the_same(tried / name, whole / name) for name in names)
                 shutil.rmtree(tried)
             print(f"{name}: {equal} of {times} as undisturbed; a run takes {longest:.0f} s")
             before = whole
+
+
+def hold_the_same(one, two):
+    """Whether two files are equal, or two checkpoints hold the same weights, optimizer and log."""
+    if one.suffix != ".pt":
+        return one.read_bytes() == two.read_bytes()
+    a, b = (torch.load(path, weights_only=True) for path in (one, two))
+    try:
+        for key in ("model", "optimizer", "log", "step"):
+            torch.testing.assert_close(a[key], b[key], rtol=0, atol=0)
+    except AssertionError:
+        return False
+    return True
 
 
 def quietly(words, folder):
