@@ -333,15 +333,6 @@ def standardise(arrays, rows):
     return [((array - mean) / deviation).astype(np.float32) for array in arrays], mean, deviation
 
 
-def check_skills(out, video):
-    """Exit where the skills in OUT were made from other latent actions than lie there now."""
-    path = Path(out, "skills.pt")
-    made_from = data.load_checkpoint(path, "skills")["settings"]["latents"]
-    for dataset in video:
-        if made_from.get(dataset.name) != data.checksum(load_rows(dataset, out, "latents")):
-            fail(f"{path} was made from other latents: delete it, run `python skills.py` again")
-
-
 def prepare_pretraining(args, sets, shape):
     """A new agent of shape, and the video with its pseudo-labels."""
     skill, action = VARIANTS[args.variant]
@@ -358,7 +349,6 @@ def prepare_pretraining(args, sets, shape):
     shape = shape | {"high_cameras": cameras, "target": targets[0].shape[1]}
     skills = [None for _ in video]
     if skill:
-        check_skills(args.out, video)
         arrays = [load_rows(d, args.out, skill) for d in video]
         skills, mean, deviation = standardise(arrays, rows)
         shape["skill"] = len(mean)
@@ -452,11 +442,12 @@ def main():
     shape = {"size": sets[0].frames.shape[1], "cameras": cameras, "high_cameras": cameras}
     shape["proprio"] = labelled[0].proprio.shape[1]
     shape["skill"] = 64 if VARIANTS[args.variant][0] else 0  # pretraining sets it to the skills'
+    checksums = [dataset.checksum() for dataset in sets]
     agent, pretrained = None, VARIANTS[args.variant][1] is not None
     for phase in ["pretrain", "finetune"] if pretrained else ["finetune"]:
         torch.manual_seed(args.seed)
         name = run_name(args, phase)
-        settings = vars(args) | {"world": world, "data": [d.checksum() for d in sets]}
+        settings = vars(args) | {"world": world, "data": checksums}
         if phase == "pretrain":
             steps, peak = args.pretrain_steps, args.lr
             agent, labels = prepare_pretraining(args, sets, shape)

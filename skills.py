@@ -233,7 +233,8 @@ def uniform_boundaries(boundary, starts, lengths):
 
 # ------------------------------------------------------------------------------- data and losses
 def load_rows(dataset, out, name):
-    """The latents or skills of a packed set, a row a frame, (T, D); exits where they don't fit."""
+    """The latents or skills of a packed set, a row a frame, (T, D); exits where they don't fit it,
+    or where skills were made from other latents than lie in OUT now."""
     path = Path(out, f"{name}.{dataset.name}.npy")
     try:
         rows = np.load(path)
@@ -242,6 +243,11 @@ def load_rows(dataset, out, name):
     if len(rows) != dataset.total or not np.isfinite(rows).all():
         script = "lam.py" if name == "latents" else "skills.py"
         fail(f"{path} is missing, damaged or of other data: run `python {script}` with this --out")
+    if name != "latents":
+        record = Path(out, "skills.pt")
+        made_from = data.load_checkpoint(record, "skills")["settings"].get("latents", {})
+        if made_from.get(dataset.name) != data.checksum(load_rows(dataset, out, "latents")):
+            fail(f"{record} was made from other latents: delete it, run `python skills.py` again")
     return rows
 
 
