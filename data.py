@@ -15,8 +15,8 @@ array of length T, so frame t, its latent, its skill and its action t are the sa
 """
 
 import argparse
+import atexit
 import csv
-import io
 import json
 import math
 import os
@@ -128,9 +128,6 @@ def write(path, content):
         new.unlink(missing_ok=True)
 
 
-LOCKS = []  # that this process holds, until it ends
-
-
 def claim(path, wait=False):
     """Be the only process that writes path, until it ends or releases the lock that is returned;
     where another one is, wait for it, or exit."""
@@ -145,7 +142,7 @@ def claim(path, wait=False):
         fail(f"process {holder} is writing {path}: wait for it, or choose another --out")
     except OSError as error:
         fail(f"{path} cannot be written ({error})")
-    LOCKS.append(lock)
+    atexit.register(lock.release)  # holds on to the lock, which would end with its last reference
     return lock
 
 
@@ -233,7 +230,7 @@ class Packed:
         try:
             info = json.loads((self.path / "episodes.json").read_text())
             self.arrays, self.episodes = info["arrays"], info["episodes"]
-            self.phases, self.upside_down = info["phases"], info["upside_down"]
+            self.upside_down = info["upside_down"]
             self.length = np.array([episode["length"] for episode in self.episodes])
         except (OSError, ValueError, KeyError, TypeError):
             fail(f"{path} is no packed dataset; data.py makes one, see `python data.py --help`")
@@ -300,27 +297,25 @@ def to_images(views, device):
 
 def open_sets(paths):
     """Packed datasets, checked to fit each other. The toy world is packed when it is missing."""
-    if list(paths) == TOY_SETS:
+    if list(paths) == TOY_SETS and not all(Path(path).exists() for path in paths):
         pack_toy("data/toy")
     sets = [Packed(path) for path in paths]
     if len({dataset.name for dataset in sets}) < len(sets):
         fail("two datasets of the same name: latents are filed by folder name, so rename one")
-    if len({dataset.frames.shape[1] for dataset in sets}) > 1:
-        fail(f"frames of different size: {[dataset.frames.shape for dataset in sets]}")
-    for key in ("actions", "proprio"):
-        widths = {d.name: d.arrays[key]["shape"] for d in sets if key in d.arrays}
-        if len(set(map(str, widths.values()))) > 1:
-            fail(f"{key} of different widths, so of different robots: {widths}")
+    for key in ("frames", "actions", "proprio"):
+        shapes = {d.name: d.arrays[key]["shape"] for d in sets if key in d.arrays}
+        if len(set(map(str, shapes.values()))) > 1:
+            fail(f"{key} differ in shape, as of different robots or --size: {shapes}")
     for dataset in sets:
         if all(episode["split"] != "val" for episode in dataset.episodes):
             print(f"{dataset.name}: no episode is held out; figures are of training episodes")
     return sets
 
 
-def pack(out, episodes, total=None, upside_down=False, phases=(), skipped=()):
+def pack(out, episodes, total=None, upside_down=False, skipped=()):
     """Write a packed dataset; exits when arrays do not fit each other, or hold NaN. episodes yields
-    (text, task, split, {name: array over its frames}); phases are the names of truth_phase; what
-    was skipped is listed in OUT/skipped.txt."""
+    (text, task, split, {name: array over its frames}), total of them; what it skipped is listed in
+    OUT/skipped.txt."""
     out, part = Path(out), Path(f"{out}.part")
     claim(out)
     if out.exists():
@@ -332,7 +327,7 @@ def pack(out, episodes, total=None, upside_down=False, phases=(), skipped=()):
         for text, task, split, episode in tqdm(episodes, str(out), total, disable=None):
             length = len(episode["frames"])
             for key, value in episode.items():
-                kind = {"dtype": value.dtype.name, "shape": list(value.shape[1:])}
+                kind = {"dtype": value.dtype.str, "shape": list(value.shape[1:])}
                 where = f"{task}, episode {len(records)}: {key} {value.shape}"
                 if len(value) != length or arrays.setdefault(key, kind) != kind:
                     fail(f"{where} beside {length} frames, or unlike other episodes")
@@ -345,8 +340,8 @@ def pack(out, episodes, total=None, upside_down=False, phases=(), skipped=()):
             fail(f"{out}: nothing could be read: {'; '.join(skipped)}")
         if skipped:
             write(part / "skipped.txt", "\n".join(skipped) + "\n")
-        info = {"arrays": arrays, "upside_down": upside_down, "phases": list(phases)}
-        write(part / "episodes.json", info | {"episodes": records})
+        info = {"arrays": arrays, "upside_down": upside_down, "episodes": records}
+        write(part / "episodes.json", info)
         part.rename(out)
     except OSError as error:
         fail(f"{out} cannot be written ({error})")
@@ -363,8 +358,8 @@ TRAYS = {"white": (247, 247, 247), "black": (31, 31, 31)}
 BLOCK_HALF, TRAY_HALF = 0.07, 0.15  # half sides; all lengths in widths of the table
 REACH = 0.09  # how far off its centre a block is still grasped
 MAX_STEP = 0.06  # of the hand in one frame at |action| = 1
+TOY_SIZE = 32  # side of a frame in pixels
 TOY_LIMIT = 120  # steps of an evaluation
-TOY_PHASES = ["reach", "grasp", "carry", "release", "retreat"]
 # where the four blocks and the two trays lie, give or take 0.12
 REGIONS = np.array([[0.2, 0.28], [0.5, 0.28], [0.8, 0.28], [0.5, 0.72], [0.2, 0.72], [0.8, 0.72]])
 # (block, tray, block, tray), done in this order; every fifth is a task of the robot's
@@ -383,8 +378,8 @@ class ToyWorld:
     Positions lie in [0, 1]^2, in widths of the table, y downwards. An action (B, 3) in [-1, 1] is
     dx, dy, grip; grip > 0 closes, as in LIBERO."""
 
-    def __init__(self, goals, seeds, look="robot", size=32):
-        self.look, self.size = look, size
+    def __init__(self, goals, seeds, look="robot"):
+        self.look = look
         tray = np.arange(6) > 3  # objects 0..3 are blocks, 4 and 5 trays
         self.goals = np.array(goals)
         self.objects = np.zeros((len(goals), 6, 2))
@@ -430,16 +425,16 @@ class ToyWorld:
 
     def frames(self, rows):
         """What the camera sees of these tables, (B, S, S, 3) uint8."""
-        return draw_toy(self.look, self.size, *self.state(rows))
+        return draw_toy(self.look, *self.state(rows))
 
 
-def draw_toy(look, size, hand, opening, objects, held):
+def draw_toy(look, hand, opening, objects, held):
     """Draw B tables, painted back to front, (B, S, S, 3) uint8, from hand (B, 2), opening (B,),
     objects (B, 6, 2) and held (B,)."""
     x, y = hand.T
     gap = 0.10 + 0.08 * opening  # wide enough to be seen frame by frame at 32 x 32
     table = np.array([186, 191, 199], np.float32)[:, None, None]
-    image = np.tile(table, (len(x), 1, size, size))  # (B, 3, S, S)
+    image = np.tile(table, (len(x), 1, TOY_SIZE, TOY_SIZE))  # (B, 3, S, S)
     for i, colour in enumerate(TRAYS.values()):
         paint(image, colour, *objects[:, 4 + i].T, TRAY_HALF, TRAY_HALF)
     for top in (False, True):  # the block in the hand lies above the others
@@ -459,29 +454,28 @@ def draw_toy(look, size, hand, opening, objects, held):
 
 def paint(image, colour, x, y, width, height, seen=True):
     """Paint an anti-aliased box on image (B, 3, S, S) where seen; its centre (B,), half sides."""
-    size = image.shape[-1]
-    grid = (np.arange(size, dtype=np.float32) + 0.5) / size
+    grid = (np.arange(TOY_SIZE, dtype=np.float32) + 0.5) / TOY_SIZE
     across = np.reshape(width, (-1, 1)) - np.abs(grid - x[:, None])
     down = np.reshape(height, (-1, 1)) - np.abs(grid - y[:, None])
-    across = np.clip(0.5 + across * size, 0, 1) * np.reshape(seen, (-1, 1))  # (B, S)
-    mask = np.clip(0.5 + down * size, 0, 1)[:, :, None] * across[:, None, :]  # (B, S, S)
+    across = np.clip(0.5 + across * TOY_SIZE, 0, 1) * np.reshape(seen, (-1, 1))  # (B, S)
+    mask = np.clip(0.5 + down * TOY_SIZE, 0, 1)[:, :, None] * across[:, None, :]  # (B, S, S)
     colour = np.array(colour, np.float32)[:, None, None]
     image += mask[:, None].astype(np.float32) * (colour - image)
 
 
-def toy_demonstrate(look, goal, seed, size):
-    """A scripted demonstration, {name: array over its frames}, or None when it fails. It has its
-    own speed, its heading wanders smoothly, and now and then the hand rests."""
-    world = ToyWorld([goal], [seed], look, size)
+def toy_demonstrate(look, goal, seed):
+    """A scripted demonstration, {name: array over its frames}. It has its own speed, its heading
+    wanders smoothly, and now and then the hand rests."""
+    world = ToyWorld([goal], [seed], look)
     rng = np.random.default_rng([*seed, 1])
     speed = rng.uniform(0.65, 1.0) - (0.15 if look == "hand" else 0.0)
     home = rng.uniform(0.2, 0.8, 2)  # where the hand retreats to
     pause = int(rng.integers(3, 7))  # frames that it stays there
     angle, rest, velocity = 0.0, 0, np.zeros(2)  # by how much the heading is off; frames of rest
     states, film = [], []
-    plan = [(block, name) for block in (0, 1) for name in TOY_PHASES[:4]]
+    plan = [(block, phase) for block in (0, 1) for phase in ("reach", "grasp", "carry", "release")]
     plan += [(1, "retreat")] * pause
-    while plan and len(film) < 200:
+    while plan:
         block, phase = plan[0]
         hand, thing = world.hand[0], world.objects[0, goal[2 * block]]
         slot = world.objects[0, 4 + goal[2 * block + 1]] + [0.14 * block - 0.07, 0]  # of the tray
@@ -496,43 +490,38 @@ def toy_demonstrate(look, goal, seed, size):
         pace = 0 if rest else min(speed, 0.7 * distance / MAX_STEP)
         velocity = moving * (0.4 * velocity + 0.6 * pace * (rotation @ away) / distance)
         action = np.array([*velocity, 1 if phase in ("grasp", "carry") else -1], np.float32)
-        proprio = world.proprio()[0]
         states.append([array.copy() for array in world.state()])
+        row = {"proprio": world.proprio()[0], "actions": action, "truth_phase": np.bytes_(phase)}
         world.step(action[None])
-        number = np.int8(TOY_PHASES.index(phase))
-        film.append((proprio, action, number, world.proprio()[0] - proprio))
+        film.append(row | {"truth_motion": world.proprio()[0] - row["proprio"]})
         done = {"grasp": world.opening[0] < 0.01, "release": world.opening[0] > 0.99}
         if done.get(phase, distance < 0.05) or phase == "retreat":
             plan.pop(0)
             velocity = velocity * (phase == "retreat")
-    names = ["proprio", "actions", "truth_phase", "truth_motion"]
-    arrays = dict(zip(names, map(np.stack, zip(*film, strict=True)), strict=True))
-    states = map(np.concatenate, zip(*states, strict=True))
-    arrays = {"frames": draw_toy(look, size, *states)} | arrays
-    return None if plan or not world.success()[0] else arrays
+    frames = draw_toy(look, *map(np.concatenate, zip(*states, strict=True)))
+    return {"frames": frames} | {key: np.stack([row[key] for row in film]) for key in film[0]}
 
 
-def pack_toy(out, hand=880, demos=55, size=32, seed=0):
-    """Pack OUT/hand, action-free video of all goals, and OUT/robot, demos a task with actions, one
-    episode in eleven held out. A set that exists already is left as it is."""
+def toy_episodes(look, goals):
+    """Demonstrations of these goals, one in eleven held out; a hand's are action-free video."""
+    for i, goal in enumerate(goals):
+        arrays = toy_demonstrate(look, goal, [int(look == "robot"), i])
+        if look == "hand":
+            del arrays["proprio"], arrays["actions"]
+        split = "val" if i >= len(goals) * 10 // 11 else "train"
+        yield toy_text(goal), str(GOALS.index(goal)), split, arrays
+
+
+def pack_toy(out, hand=880, demos=55):
+    """Pack OUT/hand, so many videos of all goals, and OUT/robot, demos demonstrations of each of
+    the robot's tasks. A set that exists already is left as it is."""
     others = [goal for goal in GOALS if goal not in TASKS]
     mixed = [TASKS[i // 2 % 10] if i % 2 else others[i // 2 % 38] for i in range(hand)]
-
-    def episodes(look, goals):
-        for i, goal in enumerate(goals):
-            arrays = toy_demonstrate(look, goal, [2 * seed + (look == "robot"), i], size)
-            if arrays and look == "hand":
-                del arrays["proprio"], arrays["actions"]
-            if arrays:
-                split = "val" if i >= len(goals) * 10 // 11 else "train"
-                yield toy_text(goal), str(GOALS.index(goal)), split, arrays
-
+    lock = claim(Path(out, "sets"), wait=True)  # of two first runs one packs, the other waits
     for look, goals in (("hand", mixed), ("robot", TASKS * demos)):
         if not Path(out, look).exists():
-            lock = claim(Path(out, look), wait=True)
-            if not Path(out, look).exists():  # nobody else has packed it meanwhile
-                pack(Path(out, look), episodes(look, goals), len(goals), phases=TOY_PHASES)
-            lock.release(force=True)
+            pack(Path(out, look), toy_episodes(look, goals), len(goals))
+    lock.release()
 
 
 # ------------------------------------------------------------------------------------- importers
@@ -549,49 +538,57 @@ def resize(images, size, fit="crop"):
     return np.stack([shrink(x.convert("RGB"), (size, size), Image.LANCZOS) for x in images])
 
 
-def libero_episodes(files, phases, skipped, args):
+def libero_episodes(args, skipped):
     """Episodes of LIBERO's HDF5, one file a task, its demonstrations in the order of their numbers.
-    phases: a list, filled with the names of truth_phase, which scripted demonstrations have.
     There obs[j] was seen AFTER actions[j], so the action to learn from obs[j] is actions[j + 1]."""
     import h5py
 
-    beyond = 0
+    files, beyond = sorted(Path(args.src).rglob("*.hdf5"), key=natural), 0
+    if not files:
+        fail(f"--src {args.src}: no .hdf5 files there")
     for path in files:
-        demo = ""
+        name = ""
         try:
-            with h5py.File(path, "r") as file:
+            with h5py.File(path) as file:
                 problem = json.loads(file["data"].attrs["problem_info"])
-                text = "".join(problem["language_instruction"]).strip('"')
-                demos = sorted(file["data"], key=natural)[: args.demos]
-                names = json.loads(file["data"].attrs.get("phase_names", "[]"))
-                names = [re.split("[:_]", name)[-1] for name in names]  # "2:knob_turn": a turn
-                phases += [name for name in dict.fromkeys(names) if name not in phases]
-                if not (demos and text.strip()):
+                text = "".join(problem["language_instruction"]).strip('" ')
+                phases = json.loads(file["data"].attrs.get("phase_names", "[]"))
+                names = sorted(file["data"], key=natural)[: args.demos]
+                if not names or not text:
                     skipped.append(f"{path.name}: no demonstrations, or no sentence")
-                for i, demo in enumerate(demos if text.strip() else []):
-                    obs = file["data"][demo]["obs"]
-                    actions = file["data"][demo]["actions"][1:].astype(np.float32)
+                    continue
+                for i, name in enumerate(names):
+                    demo = file["data"][name]
+                    actions = demo["actions"][1:].astype(np.float32)
                     if len(actions) < 2:
-                        skipped.append(f"{path.name} {demo}: {len(actions) + 1} steps")
+                        skipped.append(f"{path.name} {name}: {len(actions) + 1} steps")
                         continue
-                    arrays = {"frames": resize(obs["agentview_rgb"][:-1], args.size)}
-                    if "eye_in_hand_rgb" in obs:
-                        arrays["wrist"] = resize(obs["eye_in_hand_rgb"][:-1], args.size)
-                    arrays["truth_actions"] = actions
                     beyond += int((np.abs(actions) > 1).sum())
+                    arrays = libero_arrays(demo, phases, args) | {"truth_actions": actions}
                     if not args.no_actions:
-                        body = [obs["joint_states"][:-1], obs["gripper_states"][:-1]]
-                        arrays["proprio"] = np.concatenate(body, 1).astype(np.float32)
                         arrays["actions"] = actions
-                    if names:
-                        known = np.array([phases.index(name) for name in names], np.int8)
-                        arrays["truth_phase"] = known[file["data"][demo]["phase"][:-1]]
-                    split = "val" if i >= len(demos) - round(args.val * len(demos)) else "train"
+                    split = "val" if i >= len(names) - round(args.val * len(names)) else "train"
                     yield text, path.name.removesuffix("_demo.hdf5"), split, arrays
         except (OSError, KeyError, ValueError, TypeError) as error:
-            fail(f"{path} {demo}: truncated, or not in LIBERO's format ({error})")
+            fail(f"{path} {name}: truncated, or not in LIBERO's format ({error})")
     if beyond:
         print(f"{beyond} numbers of actions lie beyond [-1, 1]; they are kept")
+
+
+def libero_arrays(demo, phases, args):
+    """What was seen in a demonstration, {name: array}: frames, wrist where there are, proprio with
+    actions only, and of a scripted demonstration the name of each frame's phase."""
+    obs = demo["obs"]
+    arrays = {"frames": resize(obs["agentview_rgb"][:-1], args.size)}
+    if "eye_in_hand_rgb" in obs:
+        arrays["wrist"] = resize(obs["eye_in_hand_rgb"][:-1], args.size)
+    if not args.no_actions:
+        body = [obs["joint_states"][:-1], obs["gripper_states"][:-1]]
+        arrays["proprio"] = np.concatenate(body, 1).astype(np.float32)
+    if phases:
+        short = [re.split("[:_]", phase)[-1] for phase in phases]  # "2:knob_turn": a turn
+        arrays["truth_phase"] = np.array(short, "S32")[demo["phase"][:-1]]
+    return arrays
 
 
 def clip_name(path):
@@ -610,7 +607,7 @@ def read_captions(path, names):
         else:
             header = text.split("\n")[0]
             separator = max(",;\t", key=header.count)
-            rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
+            rows = list(csv.DictReader(text.splitlines(keepends=True), delimiter=separator))
         if isinstance(rows, list):
             rows = {row.get("file") or row["id"]: row.get("text") or row["label"] for row in rows}
         found = {clip_name(str(key)): str(caption) for key, caption in rows.items()}
@@ -661,8 +658,16 @@ def read_clip(path, args):
     return frames, problem, rate
 
 
-def video_episodes(files, names, captions, skipped, args):
-    """Episodes of video files, or of folders of images; those that cannot be read are skipped."""
+def video_episodes(args, skipped):
+    """Episodes of video files and of folders of images, to any depth, named by their paths; those
+    that cannot be read are skipped."""
+    found = sorted(Path(args.src).rglob("*"), key=natural)
+    folders = {path.parent for path in found if path.suffix.lower() in IMAGES}
+    files = [path for path in found if path.suffix.lower() in VIDEOS or path in folders]
+    if not files:
+        fail(f"--src {args.src}: no {' '.join(VIDEOS)}, no folders of {' '.join(IMAGES)} there")
+    names = [clip_name(path.relative_to(args.src)) for path in files]
+    captions = read_captions(args.labels, names) if args.labels else [""] * len(names)
     rates = set()
     with ProcessPoolExecutor(args.workers) as pool:
         for begin in range(0, len(files), 16):  # a few at a time, so that memory stays flat
@@ -695,25 +700,15 @@ def main():
     add("--workers", type=COUNT, default=os.cpu_count(), help="video: processes that decode")
     add("--val", type=number(float, 0, 0.5), default=0.1, help="share held out; not for toy")
     args = parser.parse_args()
+    skipped = []
     if args.kind == "toy":
         if Path(args.out, "robot").exists():
             fail(f"{args.out} is packed already: delete it or choose another --out")
         return pack_toy(args.out)
     if not args.src or not Path(args.src).is_dir():
         fail(f"--src {args.src}: no such folder")
-    found, phases, skipped = sorted(Path(args.src).rglob("*"), key=natural), [], []
-    if args.kind == "libero":
-        files = [path for path in found if path.suffix == ".hdf5"]
-        episodes = libero_episodes(files, phases, skipped, args)
-    else:
-        folders = {path.parent for path in found if path.suffix.lower() in IMAGES}
-        files = [path for path in found if path.suffix.lower() in VIDEOS or path in folders]
-        names = [clip_name(path.relative_to(args.src)) for path in files]
-        captions = read_captions(args.labels, names) if args.labels and files else [""] * len(files)
-        episodes = video_episodes(files, names, captions, skipped, args)
-    if not files:
-        fail(f"--src {args.src}: no .hdf5 files (libero), no {' '.join(VIDEOS)} or folders (video)")
-    pack(args.out, episodes, None, args.kind == "libero", phases, skipped)
+    episodes = libero_episodes if args.kind == "libero" else video_episodes
+    pack(args.out, episodes(args, skipped), None, args.kind == "libero", skipped)
 
 
 if __name__ == "__main__":

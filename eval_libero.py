@@ -3,7 +3,7 @@ Stage 4, evaluation: success rates of policies, in the toy world or in LIBERO, t
 
 LIBERO's protocol, as OpenVLA-OFT and LeRobot run it: an episode starts from one of the benchmark's
 fixed states, rests 10 steps so that objects fall into place, and succeeds when the environment says
-so. The policy decides every --execute steps, for all simulators that wait for it as one batch.
+so. The policy decides every --execute steps.
 
     python eval_libero.py                            # toy world: HiLAM and flat, 100 episodes each
     python eval_libero.py --suite libero_object --out out/libero_object --variant hilam --demos 5
@@ -33,6 +33,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import binomtest
@@ -72,61 +73,84 @@ def get_args():
     return args
 
 
-# ------------------------------------------------------------ the toy world as a pool of simulators
-class ToyPool:
-    """All episodes at once. jobs: a list of (task, episode), called by their places in it."""
+# -------------------------------------------------------------------------------------- the loop
+def ensemble(past, chunk, execute):
+    """Temporal aggregation: a step's action is the mean of all chunks that predicted it, weighted
+    by exp(-0.01 i), i counted from the oldest (ACT, BAKU). chunk (B, n, A): predicted now; past:
+    sums of what was predicted before and of its weights, (B, n, A + 1), at first 0. Returns the
+    actions (B, execute, A) and past for the next decision."""
+    total = past + np.insert(chunk, chunk.shape[-1], 1, axis=-1)  # the newest has weight 1
+    actions = total[:, :execute, :-1] / total[:, :execute, -1:]
+    later = np.concatenate([total[:, execute:], 0 * total[:, :execute]], axis=1)
+    return actions, math.exp(0.01 * execute) * later  # one that is older then weighs more
 
-    def __init__(self, jobs, args, size):
+
+def rollout(world, agent, execute):
+    """Observe, decide, execute, until the last of a world's episodes has ended. Yields of each,
+    when it does, its number, success, steps, and the frames that the policy saw, a list."""
+    films = [[] for _ in world.alive]
+    past = np.zeros((len(films), agent.low.chunk, agent.shape["target"] + 1))
+    while world.alive.any():
+        going = np.flatnonzero(world.alive)
+        frames, *others = world.observe(going)
+        chunk = agent.act(frames, *others)  # (B, n, A)
+        actions, past[going] = ensemble(past[going], chunk, execute)
+        world.execute(going, actions)
+        for i, frame in zip(going, frames, strict=True):
+            films[i].append(frame)
+            if not world.alive[i]:
+                yield i, bool(world.success[i]), int(world.steps[i]), films[i]
+
+
+class ToyEpisodes:
+    """Episodes of the toy world, all at once. jobs: a list of (task, episode)."""
+
+    def __init__(self, jobs, args):
         self.goals = [TASKS[task] for task, _ in jobs]
         if args.prompt:  # all 48 goals, of which the robot was shown 10
             self.goals = [GOALS[(5 * task + episode) % len(GOALS)] for task, episode in jobs]
         self.seeds = [[7_000_000 + args.seed, *job] for job in jobs]
-        self.world = data.ToyWorld(self.goals, self.seeds, size=size)
-        self.prompts = None  # or for each job its video's skills, (T, D)
-        self.alive = np.ones(len(jobs), bool)
+        self.world = data.ToyWorld(self.goals, self.seeds)
+        self.prompts = None  # or of each episode and step the skill of its video's frame
         self.limit = args.max_steps
-        self.steps = 0
+        self.alive = np.ones(len(jobs), bool)
+        self.success = np.zeros(len(jobs), bool)
+        self.steps = np.zeros(len(jobs), int)
 
-    def observe(self):
-        """The jobs that wait for a decision (B,), and for them the arguments of Agent.act: frames,
-        wrist (None here), proprio, texts, skill."""
-        waiting = np.flatnonzero(self.alive)
-        texts = [data.toy_text(self.goals[job]) for job in waiting]
-        skill = None
-        if self.prompts:  # at step t the skill of the video's frame t
-            told = [self.prompts[job] for job in waiting]
-            skill = np.stack([skills[min(self.steps, len(skills) - 1)] for skills in told])
-        proprio = self.world.proprio()[waiting]
-        return waiting, self.world.frames(waiting), None, proprio, texts, skill
+    def observe(self, going):
+        """Of these episodes the arguments of Agent.act: frames, wrist (None here), proprio, texts,
+        skill (None: pi_h's)."""
+        texts = [data.toy_text(self.goals[i]) for i in going]
+        skill = None if self.prompts is None else self.prompts[going, self.steps[going]]
+        return self.world.frames(going), None, self.world.proprio()[going], texts, skill
 
-    def execute(self, waiting, actions):
-        """Take n steps, actions (B, n, A); returns a list of (job, success, steps) that ended."""
-        ended = []
-        for action in np.stack(actions, axis=1):  # (B, A), one step
-            every = np.zeros((len(self.goals), action.shape[1]))
-            every[waiting] = action
-            success = self.world.step(every)
-            self.steps += 1
-            over = self.alive & (success | (self.steps >= self.limit))
-            ended += [(job, bool(success[job]), self.steps) for job in np.flatnonzero(over)]
-            self.alive &= ~over
-        return ended
+    def execute(self, going, actions):
+        """Take n steps in these episodes, actions (B, n, A)."""
+        for n in range(actions.shape[1]):
+            every = np.zeros((len(self.goals), actions.shape[2]))
+            every[going] = actions[:, n]
+            done = self.world.step(every)
+            self.steps += self.alive
+            self.success |= self.alive & done
+            self.alive &= ~done & (self.steps < self.limit)
 
 
-def read_prompts(pool, out, agent, device):
-    """For each job the skills (T, D) of a video in which a hand does the job's task on its table:
-    what tells the policy the task in place of a sentence."""
+def read_prompts(episodes, out, agent, device):
+    """What tells the policy the task in place of a sentence: of each of these ToyEpisodes the
+    skills of a video in which a hand does its task on its table, a step each, (B, limit, D)."""
     stage = VARIANTS[agent.settings["variant"]][0]
     if stage is None:
         fail("--prompt: this policy is flat, it follows no skills")
-    pairs = zip(pool.goals, pool.seeds, strict=True)
-    films = [data.toy_demonstrate("hand", goal, seed, pool.world.size) for goal, seed in pairs]
+    pairs = zip(episodes.goals, episodes.seeds, strict=True)
+    films = [data.toy_demonstrate("hand", goal, seed) for goal, seed in pairs]
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/videos"
         data.pack(path, [("", "", "train", {"frames": film["frames"]}) for film in films])
         video = data.Packed(path)
         hand = data.open_sets(data.TOY_SETS)[0]
-        return np.split(read_skills(out, video, hand, stage, device), video.start[1:])
+        skills = read_skills(out, video, hand, stage, device)
+    frame = np.minimum(np.arange(episodes.limit), video.length[:, None] - 1)  # then its last one
+    return skills[video.start[:, None] + frame]
 
 
 # ------------------------------------------------------------- LIBERO's simulators, a process each
@@ -171,22 +195,14 @@ def set_demonstration(env, path, number):
         return demo["actions"][:]
 
 
-def keep_grip(actions, grip, clear):
-    """Actions (n, A) with the gripper's command, their last number, held at the last one beyond
-    +-clear (at first grip): a hand that wavers near a grasp drops things."""
-    actions = np.array(actions)
-    for action in actions:
-        grip = action[-1] if abs(action[-1]) > clear else grip
-        action[-1] = grip
-    return actions
+class Scene:
+    """LIBERO's simulator of one task, which plays episodes as ToyEpisodes does, one at a time."""
 
-
-class Simulator:
-    """LIBERO's scene of one task, in a worker process; the policy is at the pipe's other end."""
-
-    def __init__(self, suite, task, args, size, pipe):
+    def __init__(self, task, args, size):
+        from libero.libero.benchmark import get_benchmark
         from libero.libero.envs import OffScreenRenderEnv
 
+        suite = get_benchmark(args.suite)()
         names = suite.get_task_names()
         self.name = sorted(names, key=data.natural)[task]  # numbered as in policy.py
         index = names.index(self.name)  # LIBERO's own number
@@ -195,158 +211,132 @@ class Simulator:
         self.env = OffScreenRenderEnv(bddl_file_name=bddl, horizon=10**9)  # we count its steps
         self.args = args
         self.size = size
-        self.pipe = pipe
 
-    def play(self, episode):
-        """An episode: seed, reset, the fixed state, in this order, and rest; then what is seen is
-        sent, and actions (n, 7) are received, to its end. Returns (success, steps)."""
+    def reset(self):
+        signal.alarm(TIMEOUT)  # ends this process, unless it is set anew in time
         self.switch_cameras(True)
         self.env.seed(self.args.seed)
         self.env.reset()
-        if self.args.replay:
-            path = Path(self.args.replay, f"{self.name}_demo.hdf5")
-            _, success, steps = self.run(set_demonstration(self.env, path, episode))
-            return success, steps
-        self.env.set_init_state(self.states[episode])
-        still = [0, 0, 0, 0, 0, 0, -1.0]  # the hand is open
-        observed, success, _ = self.run([still] * SETTLE)
-        if success:
-            raise ValueError("it succeeds before the policy acts")
-        grip = -1.0
-        steps = 0
-        while not success and steps < self.args.max_steps:
-            self.pipe.send(("sees", self.look(observed)))
-            actions = self.pipe.recv()[: self.args.max_steps - steps]
-            actions = keep_grip(actions, grip, self.args.clear)
-            grip = actions[-1, -1]
-            observed, success, taken = self.run(actions)
-            steps += taken
-        return success, steps
+        self.grip = -1.0  # the hand is open
+        self.alive = np.array([True])
+        self.steps = np.array([0])
 
-    def run(self, actions):
-        """Step until success or the last action, for which alone the cameras are on. Returns the
-        last observation, success and the steps taken."""
-        signal.alarm(TIMEOUT)  # anew
+    def begin(self, episode):
+        """Begin an episode: seed, reset, the fixed state, in this order, and rest."""
+        self.reset()
+        self.env.set_init_state(self.states[episode])
+        self.step([[0, 0, 0, 0, 0, 0, self.grip]] * SETTLE)
+        if self.success[0]:
+            raise ValueError("it succeeds before the policy acts")
+
+    def step(self, actions):
+        """Take the steps actions (n, 7), as far as the first success; returns how many. Only for
+        the last one the cameras are on."""
+        signal.alarm(TIMEOUT)
         for i, action in enumerate(actions):
             self.switch_cameras(i == len(actions) - 1)
-            observed, _, done, _ = self.env.step(action)
+            self.observed, _, done, _ = self.env.step(action)
             if done:
                 break
-        return observed, bool(done), i + 1
+        self.success = np.array([bool(done)])
+        return i + 1
 
     def switch_cameras(self, on):
         for name in CAMERAS:  # set_enabled() would blank the image and restart its clock
             self.env.env._observables[name]._enabled = on
 
-    def look(self, observed):
-        """What the policy sees: frames, wrist (S, S, 3), proprio (9,), and the sentence, which is
-        the BDDL file's, as in the demonstrations."""
-        frames, wrist = data.resize([observed[name] for name in CAMERAS], self.size)
-        body = [observed["robot0_joint_pos"], observed["robot0_gripper_qpos"]]
-        return frames, wrist, np.concatenate(body), self.env.language_instruction
+    def observe(self, _):
+        """The arguments of Agent.act; the sentence is the BDDL file's, as in the demonstrations."""
+        frames, wrist = data.resize([self.observed[name] for name in CAMERAS], self.size)
+        joints, fingers = self.observed["robot0_joint_pos"], self.observed["robot0_gripper_qpos"]
+        proprio = np.concatenate([joints, fingers])
+        return frames[None], wrist[None], proprio[None], [self.env.language_instruction], None
+
+    def execute(self, _, actions):
+        """Take n steps, actions (1, n, 7), of which the last number is the gripper's command. It
+        is held until one beyond +-clear: a hand that wavers near a grasp drops things."""
+        actions = actions[0, : self.args.max_steps - self.steps[0]]
+        for action in actions:
+            if abs(action[-1]) > self.args.clear:
+                self.grip = action[-1]
+            action[-1] = self.grip
+        self.steps += self.step(actions)
+        self.alive = ~self.success & (self.steps < self.args.max_steps)
 
 
-def worker(pipe, jobs, args, size):
-    """A process that plays jobs, (task, episode), and sends each one's outcome, or what went wrong,
-    which ends it, as does the end of the process at the pipe's other end."""
-    signal.alarm(TIMEOUT)  # ends this process, unless it is set anew in time
+def play(scene, episode, agent, execute):
+    """An episode of a scene with a policy (None: a demonstration); returns success, steps, film."""
+    if agent:
+        scene.begin(episode)
+        [(_, *outcome)] = rollout(scene, agent, execute)
+        return outcome
+    scene.reset()
+    path = Path(scene.args.replay, f"{scene.name}_demo.hdf5")
+    steps = scene.step(set_demonstration(scene.env, path, episode))
+    return bool(scene.success[0]), steps, []
+
+
+def worker(pipe, jobs, args, policy, execute, device):
+    """A process that plays jobs, (task, episode), in turn and sends each one's outcome; where
+    something goes wrong, what it was, and then it ends. policy: as load_agent's arguments."""
+    signal.alarm(TIMEOUT)
     logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
     try:
-        from libero.libero.benchmark import get_benchmark
-
-        suite = get_benchmark(args.suite)()
+        agent = None if args.replay else load_agent(*policy, device)
         for task, episodes in groupby(jobs, itemgetter(0)):  # a scene is slow to build
-            simulator = Simulator(suite, task, args, size, pipe)
+            scene = Scene(task, args, agent and agent.shape["size"])
             for _, episode in episodes:
-                pipe.send(("ended", simulator.play(episode)))
-            simulator.env.close()
+                pipe.send(play(scene, episode, agent, execute))
+            scene.env.close()
     except Exception as error:
         problem = " ".join(str(error).split())[:200]
         with suppress(OSError):  # where nobody listens any more
-            pipe.send(("failed", f"{type(error).__name__}: {problem}"))
+            pipe.send(f"{type(error).__name__}: {problem}")
     os._exit(0)  # skips the simulator's noisy destructors
 
 
-class LiberoPool:
-    """ToyPool's interface over --workers processes, spawned: a simulator must not be forked."""
-
-    def __init__(self, jobs, args, size):
-        self.jobs = jobs
-        self.args = args
-        self.size = size
-        self.left = {}  # {pipe: jobs of the worker at its other end, of which it plays the first}
-        self.seen = {}  # {job: (pipe, observation)} of those that wait for a decision
-        self.repeated = set()  # jobs whose worker died
-        for first in range(min(args.workers, len(jobs))):
-            self.start(list(range(first, len(jobs), args.workers)))
-
-    def start(self, left):
-        """Start a worker with these jobs."""
-        context = multiprocessing.get_context("spawn")
-        pipe, theirs = context.Pipe()
-        jobs = [self.jobs[job] for job in left]
-        process = context.Process(target=worker, args=(theirs, jobs, self.args, self.size))
-        process.daemon = True
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a child inherits it
-        process.start()
-        signal.signal(signal.SIGINT, handler)  # Ctrl-C is for this process, which ends the others
-        self.left[pipe] = left
-
-    def observe(self):
-        """As ToyPool's, of the workers that wait: perhaps none."""
-        if not self.seen:
-            return [], []
-        looks = [look for _, look in self.seen.values()]
-        frames, wrist, proprio, texts = map(list, zip(*looks, strict=True))
-        return list(self.seen), np.stack(frames), np.stack(wrist), np.stack(proprio), texts, None
-
-    def execute(self, waiting, actions):
-        """As ToyPool's; then waits for a worker or more. A job whose worker fails, dies or hangs
-        begins again, once, with another worker; it is returned as (job, None, 0)."""
-        for job, chunk in zip(waiting, actions, strict=True):
-            pipe, _ = self.seen.pop(job)
-            with suppress(OSError):  # a worker that has died is noticed below
-                pipe.send(chunk)
-        ended = []
-        for pipe in wait(list(self.left)):
-            job = self.left[pipe][0]
+def play_libero(jobs, workers, *settings):
+    """Play jobs, (task, episode), in so many workers with these settings. Yields of each, when it
+    ends, its number, success, steps and film. Where a worker fails, dies or hangs, another one
+    begins its job again, once."""
+    context = multiprocessing.get_context("spawn")  # a simulator must not be forked
+    left = {}  # {pipe: numbers of the jobs of the worker at its other end, which plays the first}
+    repeated = set()
+    shares = [list(range(i, len(jobs), workers)) for i in range(min(workers, len(jobs)))]
+    while shares or left:
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a child inherits it: Ctrl-C is
+        for share in shares:  # for this process, which ends the others
+            pipe, theirs = context.Pipe()
+            arguments = (theirs, [jobs[i] for i in share], *settings)
+            context.Process(target=worker, args=arguments, daemon=True).start()
+            theirs.close()  # so that the end of the worker is the end of the pipe
+            left[pipe] = share
+        signal.signal(signal.SIGINT, handler)
+        shares = []
+        for pipe in wait(list(left)):
+            number, *others = share = left.pop(pipe)
             try:
-                kind, content = pipe.recv()
+                outcome = pipe.recv()
             except (EOFError, OSError):
-                kind, content = "failed", f"the simulator died, or hung for {TIMEOUT} s"
-            if kind == "sees":
-                self.seen[job] = (pipe, content)
-            elif kind == "ended":
-                ended.append((job, *content))
-                self.left[pipe].pop(0)
-                if not self.left[pipe]:
-                    del self.left[pipe]
+                outcome = f"the simulator died, or hung for {TIMEOUT} s"
+            if not isinstance(outcome, str):
+                if others:
+                    left[pipe] = others
+                yield number, *outcome
+            elif number in repeated:
+                task, episode = jobs[number]
+                fail(f"task {task}, episode {episode}: {outcome}; start again to go on")
             else:
-                task, episode = self.jobs[job]
-                if job in self.repeated:
-                    fail(f"task {task}, episode {episode}: {content}; start again to go on")
-                self.repeated.add(job)
-                self.start(self.left.pop(pipe))
-                ended.append((job, None, 0))
-        return ended
+                repeated.add(number)
+                shares.append(share)
 
 
-# --------------------------------------------------------------------------------------- rollouts
-def ensemble(past, chunk, execute):
-    """Temporal aggregation: a step's action is the mean of all chunks that predicted it, weighted
-    by exp(-0.01 i), i counted from the oldest (ACT, BAKU). chunk (n, A): predicted now; past: sums
-    of what was predicted before and of its weights, (n, A + 1), at first 0. Returns the actions
-    (execute, A) and past for the next decision."""
-    total = past + np.hstack([chunk, np.ones((len(chunk), 1))])  # the newest chunk has weight 1
-    actions = total[:execute, :-1] / total[:execute, -1:]
-    later = np.vstack([total[execute:], 0 * total[:execute]])
-    return actions, math.exp(0.01 * execute) * later  # one that is older then weighs more
-
-
+# ----------------------------------------------------------------------------------------- report
 def rate(wins, episodes):
     """Success in so many of the episodes: its share and Wilson's 95 % interval, in a dict."""
-    low, high = binomtest(wins, episodes).proportion_ci(method="wilson")
-    share, ci95 = round(wins / episodes, 4), [round(float(low), 4), round(float(high), 4)]
+    ci95 = binomtest(wins, episodes).proportion_ci(method="wilson")
+    share, ci95 = round(wins / episodes, 4), [round(float(end), 4) for end in ci95]
     return {"success_rate": share, "ci95": ci95, "wins": wins, "episodes": episodes}
 
 
@@ -373,50 +363,23 @@ def read_log(log, settings):
     return lines, records
 
 
-def run_episodes(jobs, pool, agent, execute):
-    """The rollout loop: observe, decide, execute. Yields ((task, episode), success, steps, film) of
-    each job when it ends; film: the frames that the policy saw."""
-    past = dict.fromkeys(range(len(jobs)), 0)  # what was predicted for each job's next steps
-    films = {job: [] for job in range(len(jobs))}
-    while films:
-        waiting, frames, *rest = pool.observe()
-        chunks = agent.act(frames, *rest) if len(waiting) else []
-        actions = []
-        for job, frame, chunk in zip(waiting, frames, chunks, strict=True):
-            films[job].append(frame)
-            chosen, past[job] = ensemble(past[job], chunk, execute)
-            actions.append(chosen)
-        for job, success, steps in pool.execute(waiting, actions):
-            if success is None:  # it begins again
-                past[job] = 0
-                films[job] = []
-            else:
-                yield jobs[job], success, steps, films.pop(job)
-
-
 def evaluate(args, out, name, demos, agent):
     """Roll out a policy (None: a replay) in the episodes that its log lacks; returns a report."""
     device, _, _ = data.start(out, args.device)
     toy = args.suite == "toy"
-    stem = f"eval_{args.suite}_{name}_{demos}"
-    if args.prompt:
-        stem += f"_{args.prompt}"
+    stem = "_".join(map(str, filter(None, ["eval", args.suite, name, demos, args.prompt])))
     execute = args.execute or (1 if toy else 8)
-    if args.replay:
-        files = sorted(Path(args.replay).glob("*_demo.hdf5"))
-        source = {file.name: file.stat().st_mtime for file in files}
-        size = None
-    else:
+    if agent:
         path = Path(out, f"policy_{name}_{demos}.pt")
         if agent.shape["proprio"] != (3 if toy else 9):
             fail(f"{path} is of other data than --suite {args.suite}")
         source = zlib.crc32(path.read_bytes())
-        size = agent.shape["size"]
         execute = min(execute, agent.low.chunk)
-        agent.to(device)
+    else:
+        files = sorted(Path(args.replay).glob("*_demo.hdf5"))
+        source = {file.name: file.stat().st_mtime for file in files}
     settings = {"suite": args.suite, "policy": source, "execute": execute, "limit": args.max_steps}
     settings |= {key: getattr(args, key) for key in ("seed", "clear", "replay", "prompt")}
-    settings["settle"] = SETTLE
     if not toy:
         settings |= {name: version(name) for name in ("libero", "robosuite", "mujoco")}
         settings["renderer"] = os.environ["MUJOCO_GL"]
@@ -429,24 +392,24 @@ def evaluate(args, out, name, demos, agent):
     wanted = [(task, episode) for task in args.tasks for episode in range(args.episodes)]
     jobs = [job for job in wanted if job not in records]
     if toy:
-        pool = ToyPool(jobs, args, size)
+        world = ToyEpisodes(jobs, args)
         if args.prompt and jobs:  # other, a control: the video of the next episode's table
             shown = [(task, episode + (args.prompt == "other")) for task, episode in jobs]
-            pool.prompts = read_prompts(ToyPool(shown, args, size), out, agent, device)
+            world.prompts = read_prompts(ToyEpisodes(shown, args), out, agent, device)
+        played = rollout(world, agent.to(device), execute)
     else:
-        pool = LiberoPool(jobs, args, size)
-    ended = run_episodes(jobs, pool, agent, execute)
-    for job, success, steps, film in tqdm(ended, f"{args.suite} {name}", len(jobs), disable=None):
+        played = play_libero(jobs, args.workers, args, (out, name, demos), execute, device)
+    for i, success, steps, film in tqdm(played, f"{args.suite} {name}", len(jobs), disable=None):
+        task, episode = jobs[i]
         outcome = "success" if success else "failure"
         seen = {(record["task"], record["success"]) for record in records.values()}
-        if film and (job[0], success) not in seen:
-            save_film(Path(out, f"{stem}_task{job[0]}_{outcome}.gif"), film, not toy)
-        records[job] = {"task": job[0], "episode": job[1], "success": success, "steps": steps}
-        lines.append(json.dumps(records[job] | {"settings": settings}))
+        if film and (task, success) not in seen:
+            save_film(Path(out, f"{stem}_task{task}_{outcome}.gif"), film, not toy)
+        record = {"task": task, "episode": episode, "success": success, "steps": steps}
+        records[task, episode] = record
+        lines.append(json.dumps(record | {"settings": settings}))
         write(log, "\n".join(lines) + "\n")
-    wins = dict.fromkeys(args.tasks, 0)
-    for task, episode in wanted:
-        wins[task] += records[task, episode]["success"]
+    wins = {t: sum(records[t, e]["success"] for e in range(args.episodes)) for t in args.tasks}
     report = {"variant": name, "demos": demos} | rate(sum(wins.values()), len(wanted))
     report["per_task"] = {str(task): rate(n, args.episodes) for task, n in wins.items()}
     write(Path(out, f"{stem}.json"), report | {"settings": settings})

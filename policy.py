@@ -263,14 +263,12 @@ class Agent(nn.Module):
 
 # ------------------------------------------------------------------------------------------- data
 class Labels:
-    """Some episodes of a packed set with a target (T, D) to predict in chunks, and perhaps a skill
-    (T, D) and proprio (T, P); the last gap frames of an episode have no target."""
+    """Some episodes of a packed set with a target (T, D) to predict in chunks, and perhaps arrays
+    true_skill (T, D) and proprio (T, P); the last gap frames of an episode have no target."""
 
-    def __init__(
-        self, dataset, episodes, target, skill=None, proprio=None, gap=0, cameras=1, t5=None
-    ):
+    def __init__(self, dataset, episodes, target, gap=0, cameras=1, t5=None, **arrays):
         self.dataset, self.cameras = dataset, cameras
-        self.target, self.skill, self.proprio = target, skill, proprio
+        self.target, self.arrays = target, arrays
         self.rows = dataset.rows(episodes, gap)
         self.episode = np.repeat(np.arange(len(dataset.start)), dataset.length)  # of each row
         self.end = dataset.ends(gap)  # where its targets end
@@ -283,9 +281,8 @@ class Labels:
         batch["tokens"] = self.tokens[self.episode[rows]]
         batch["target"] = torch.from_numpy(self.target[np.minimum(after, len(self.target) - 1)])
         batch["mask"] = torch.from_numpy(after < self.end[rows][:, None])
-        for name, array in (("true_skill", self.skill), ("proprio", self.proprio)):
-            if array is not None:
-                batch[name] = torch.from_numpy(array[rows])
+        for name, array in self.arrays.items():
+            batch[name] = torch.from_numpy(array[rows])
         return batch
 
 
@@ -347,16 +344,16 @@ def prepare_pretraining(args, sets, shape):
     cameras = 1 + all(d.wrist is not None for d in video)  # people's video has one
     cameras = min(cameras, shape["cameras"])
     shape = shape | {"high_cameras": cameras, "target": targets[0].shape[1]}
-    skills = [None for _ in video]
-    if skill:
-        arrays = [load_rows(d, args.out, skill) for d in video]
-        skills, mean, deviation = standardise(arrays, rows)
-        shape["skill"] = len(mean)
-    agent = Agent(shape, vars(args))
-    if skill:
-        agent.skill_mean, agent.skill_scale = torch.from_numpy(mean), torch.from_numpy(deviation)
-    parts = zip(video, episodes, targets, skills, strict=True)
-    return agent, [Labels(*part, None, gap, cameras, args.text) for part in parts]
+    parts = list(zip(video, episodes, targets, strict=True))
+    if not skill:
+        return Agent(shape, vars(args)), [Labels(*p, gap, cameras, args.text) for p in parts]
+    skills, mean, scale = standardise([load_rows(d, args.out, skill) for d in video], rows)
+    agent = Agent(shape | {"skill": len(mean)}, vars(args))
+    agent.skill_mean, agent.skill_scale = torch.from_numpy(mean), torch.from_numpy(scale)
+    labels = []
+    for part, true_skill in zip(parts, skills, strict=True):
+        labels.append(Labels(*part, gap, cameras, args.text, true_skill=true_skill))
+    return agent, labels
 
 
 def prepare_finetuning(args, sets, shape, agent):
@@ -370,7 +367,7 @@ def prepare_finetuning(args, sets, shape, agent):
     labels = []
     for d, e in zip(sets, episodes, strict=True):
         target = ((d.actions - mean) / scale).astype(np.float32)  # in [-1, 1]
-        labels.append(Labels(d, e, target, None, d.proprio, 0, shape["cameras"], args.text))
+        labels.append(Labels(d, e, target, 0, shape["cameras"], args.text, proprio=d.proprio))
     if agent is None:
         agent = Agent(shape | {"target": len(mean)}, vars(args))
     else:

@@ -167,13 +167,15 @@ class Stage(nn.Module):
 
 
 class HNet(nn.Module):
-    """Standardised latents z (B, L, D), mask (B, L) -> at t the prediction of z_{t+1}; Routings."""
+    """Standardised latents z (B, L, D), mask (B, L) -> at t the prediction of z_{t+1}; Routings.
+    settings: a dict of the flags; gap: the k of the latents."""
 
-    def __init__(self, latent, width, stages, layers, least=1, gap=1):
+    def __init__(self, settings, latent, gap):
         super().__init__()
+        width, stages = settings["width"], len(settings["chunk"])
         self.overlap = gap > 1  # of the latents: then the change of z is predicted
         self.embed = nn.Linear(latent, width, bias=False)
-        self.stage = Stage(width, stages, layers, least, max(1, gap // 2))
+        self.stage = Stage(width, stages, settings["layers"], settings["least"], max(1, gap // 2))
         self.norm = nn.RMSNorm(width)
         self.head = nn.Linear(width, latent)
         nn.init.orthogonal_(self.embed.weight)  # keeps the angles between latents
@@ -197,15 +199,12 @@ def frame_rate(routings):
     return boundaries, vectors
 
 
-def next_starts(boundary):
-    """Of every frame the one at which the next segment begins, (T,), from boundary (T,)."""
-    return np.append(np.flatnonzero(boundary), len(boundary))[np.cumsum(boundary)]
-
-
 def sum_ahead(values, boundary):
-    """The sums of values (T, D) from each frame to its segment's end."""
+    """The sums of values (T, D) from each frame to its segment's end; and for each frame the one
+    at which the next segment begins, (T,)."""
+    following = np.append(np.flatnonzero(boundary), len(boundary))[np.cumsum(boundary)]
     total = np.pad(np.cumsum(values, 0, np.float64), ((1, 0), (0, 0)))  # row t: all before t
-    return total[next_starts(boundary)] - total[:-1]
+    return total[following] - total[:-1], following
 
 
 def skill_vectors(vectors, boundary, rule, last):
@@ -215,9 +214,9 @@ def skill_vectors(vectors, boundary, rule, last):
     if rule == "first":
         k = np.cumsum(boundary) - 1  # k_t, counted from 0
         return vectors[np.flatnonzero(boundary)[k]]  # zbar_t = z_{k_t}
-    following = next_starts(boundary)
+    total, following = sum_ahead(vectors, boundary)
     count = following - np.arange(len(boundary))
-    ahead = (sum_ahead(vectors, boundary) / count[:, None]).astype(np.float32)  # zbar_t
+    ahead = (total / count[:, None]).astype(np.float32)  # zbar_t
     after = ahead[np.minimum(following, last)]  # in an episode's last segment its last vector
     return ahead if rule == "ahead" else np.concatenate([ahead, after], axis=1)
 
@@ -304,10 +303,11 @@ def segment(model, dataset, latents, gap, device):
     return boundaries, vectors, prediction
 
 
-def events(phase, names):
-    """Frames of true changes in phase (L,): middles of grasps and releases, starts of others."""
-    starts = np.flatnonzero(np.diff(phase, prepend=phase[0] - 1))
-    short = np.isin(np.array(names)[phase[starts]], ["grasp", "release"])
+def events(phase):
+    """Frames of true changes in phase (L,), the names as bytes: middles of grasps and releases,
+    starts of others."""
+    starts = np.flatnonzero(np.append(True, phase[1:] != phase[:-1]))
+    short = np.isin(phase[starts], [b"grasp", b"release"])
     middles = (starts + np.append(starts[1:], len(phase)) - 1)[short] // 2
     others = starts[1:][~short[1:] & ~short[:-1]]  # not the end of a grasp or release
     return np.sort(np.append(middles, others))
@@ -337,7 +337,7 @@ def boundary_f1(sets, latents, found, even, gap):
         phase = dataset.open("truth_phase")
         for e in [] if phase is None else dataset.split("val"):
             rows = dataset.rows([e], gap)
-            true.append(events(phase[rows], dataset.phases))
+            true.append(events(phase[rows]))
             cuts["f1_boundary"].append(np.flatnonzero(marks[rows])[1:])  # the first is no merit
             cuts["f1_uniform"].append(np.flatnonzero(uniform[rows])[1:])
             cuts["f1_peaks"].append(peaks(z[rows], len(cuts["f1_boundary"][-1])))
@@ -347,7 +347,7 @@ def boundary_f1(sets, latents, found, even, gap):
 def skill_r2(dataset, skills, boundary):
     """R2 from skills, held out: of the action, and of its sum to the segment's end (no gripper)."""
     action = np.asarray(dataset.true_actions(), np.float64)
-    way = sum_ahead(action[:, :-1], boundary)
+    way, _ = sum_ahead(action[:, :-1], boundary)
     train, val = dataset.rows(dataset.split("train")), dataset.rows(dataset.split("val"))
     r2 = [ridge(skills[train], y[train], skills[val], y[val]) for y in (action, way)]
     return {"action_r2": r2[0], "segment_end_r2": r2[1]}
@@ -410,12 +410,6 @@ def standardise(z, rows):
     return ((z - mean) / deviation).astype(np.float32), (torch.from_numpy(mean), deviation)
 
 
-def build(settings, latent, gap):
-    """The H-Net of these settings (a dict of the flags), for latents of this width and gap."""
-    stages, layers = len(settings["chunk"]), settings["layers"]
-    return HNet(latent, settings["width"], stages, layers, settings["least"], gap)
-
-
 def read_skills(out, video, like, stage, device):
     """The skills (T, D) of a stage, "skills1" or higher, that a run folder's models find in a new
     packed set, video; its latents are standardised as those of like, a set they were trained on."""
@@ -426,7 +420,7 @@ def read_skills(out, video, like, stage, device):
     known = like.rows(like.split("train"), lam.gap)
     _, (mean, deviation) = standardise(load_rows(like, out, "latents"), known)
     z = (encode(lam, video, device) - mean.numpy()) / np.float32(deviation)
-    model = build(settings, z.shape[1], lam.gap)
+    model = HNet(settings, z.shape[1], lam.gap)
     data.load_weights(model, record, path)
     boundaries, vectors, _ = segment(model.to(device), video, z, lam.gap, device)
     s = int(stage.removeprefix("skills")) - 1
@@ -448,7 +442,7 @@ def main():
     held_out = [dataset.rows(dataset.split("val"), lam.gap + 1) for dataset in sets]
     if min(map(len, episodes + held_out)) == 0:
         fail(f"a set has no episode of {lam.gap + 2} frames (gap + 2) to train on, or held out")
-    model = build(vars(args), raw[0].shape[1], lam.gap).to(device)
+    model = HNet(vars(args), raw[0].shape[1], lam.gap).to(device)
     shares = {args.slow[0]: [], args.slow[1]: [], 1.0: []}  # of the rate; k stays near z
     for name, parameter in model.named_parameters():
         share = args.slow[0] if "embed" in name or ".k." in name else 1.0
