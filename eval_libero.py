@@ -9,8 +9,8 @@ so. The policy decides every --execute steps.
     python eval_libero.py --suite libero_object --out out/libero_object --variant hilam --demos 5
     python eval_libero.py --suite libero_object --replay DATASETS/libero_object --out out/replay
 
-Adds a line an episode to OUT/eval_SUITE_NAME_DEMOS.jsonl, from which a killed evaluation goes on.
-Writes OUT/eval_SUITE_NAME_DEMOS.json, a GIF of each task's first success and first failure, and
+Writes OUT/eval_SUITE_NAME_DEMOS.jsonl, a line an episode, from which a killed evaluation goes on;
+the same .json, with success by task; a GIF of each task's first success and first failure; and
 OUT/eval_SUITE.png, success over demonstrations with Wilson's 95 % intervals.
 """
 
@@ -59,7 +59,7 @@ def get_args():
     add("--demos", type=amount, nargs="+", default=[0.1], help="what policy.py had as --demos")
     add("--out", nargs="+", default=["out/toy"], help="run folders; several (seeds) are pooled")
     add("--episodes", type=COUNT, default=10, help="episodes a task")
-    add("--tasks", type=number(int, 0, 9), nargs="+", default=range(10), help="sorted by name")
+    add("--tasks", type=number(int, 0, 9), nargs="+", help="if not all ten, numbered by names")
     add("--execute", type=COUNT, help="steps between two decisions, if not 1 (toy) or 8 (LIBERO)")
     add("--max-steps", type=COUNT, help="steps of an episode, if not the suite's")
     add("--clear", type=REAL, default=0.5, help="LIBERO: grip commands within +-this are ignored")
@@ -76,13 +76,13 @@ def get_args():
 # -------------------------------------------------------------------------------------- the loop
 def ensemble(past, chunk, execute):
     """Temporal aggregation: a step's action is the mean of all chunks that predicted it, weighted
-    by exp(-0.01 i), i counted from the oldest (ACT, BAKU). chunk (B, n, A): predicted now; past:
-    sums of what was predicted before and of its weights, (B, n, A + 1), at first 0. Returns the
-    actions (B, execute, A) and past for the next decision."""
+    by exp(-0.01 i), i in steps from the oldest (ACT, BAKU). chunk (B, n, A): predicted now; past:
+    the weighted sums of what was predicted before, and of the weights, (B, n, A + 1), at first 0.
+    Returns the actions (B, execute, A) and past for the next decision."""
     total = past + np.insert(chunk, chunk.shape[-1], 1, axis=-1)  # the newest has weight 1
-    actions = total[:, :execute, :-1] / total[:, :execute, -1:]
+    actions, weights = total[:, :execute, :-1], total[:, :execute, -1:]
     later = np.concatenate([total[:, execute:], 0 * total[:, :execute]], axis=1)
-    return actions, math.exp(0.01 * execute) * later  # one that is older then weighs more
+    return actions / weights, math.exp(0.01 * execute) * later  # what is older weighs more
 
 
 def rollout(world, agent, execute):
@@ -139,8 +139,6 @@ def read_prompts(episodes, out, agent, device):
     """What tells the policy the task in place of a sentence: of each of these ToyEpisodes the
     skills of a video in which a hand does its task on its table, a step each, (B, limit, D)."""
     stage = VARIANTS[agent.settings["variant"]][0]
-    if stage is None:
-        fail("--prompt: this policy is flat, it follows no skills")
     pairs = zip(episodes.goals, episodes.seeds, strict=True)
     films = [data.toy_demonstrate("hand", goal, seed) for goal, seed in pairs]
     with tempfile.TemporaryDirectory() as folder:
@@ -303,10 +301,11 @@ def play_libero(jobs, workers, *settings):
     context = multiprocessing.get_context("spawn")  # a simulator must not be forked
     left = {}  # {pipe: numbers of the jobs of the worker at its other end, which plays the first}
     repeated = set()
-    shares = [list(range(i, len(jobs), workers)) for i in range(min(workers, len(jobs)))]
+    shares = [s.tolist() for s in np.array_split(range(len(jobs)), workers) if len(s)]
     while shares or left:
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a child inherits it: Ctrl-C is
-        for share in shares:  # for this process, which ends the others
+        # Ctrl-C is for this process, which ends the workers: they inherit that it is ignored
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for share in shares:
             pipe, theirs = context.Pipe()
             arguments = (theirs, [jobs[i] for i in share], *settings)
             context.Process(target=worker, args=arguments, daemon=True).start()
@@ -315,18 +314,19 @@ def play_libero(jobs, workers, *settings):
         signal.signal(signal.SIGINT, handler)
         shares = []
         for pipe in wait(list(left)):
-            number, *others = share = left.pop(pipe)
+            share = left.pop(pipe)
+            number = share[0]
             try:
                 outcome = pipe.recv()
             except (EOFError, OSError):
                 outcome = f"the simulator died, or hung for {TIMEOUT} s"
             if not isinstance(outcome, str):
-                if others:
-                    left[pipe] = others
+                if len(share) > 1:
+                    left[pipe] = share[1:]
                 yield number, *outcome
             elif number in repeated:
                 task, episode = jobs[number]
-                fail(f"task {task}, episode {episode}: {outcome}; start again to go on")
+                fail(f"task {task}, episode {episode}, tried twice: {outcome}")
             else:
                 repeated.add(number)
                 shares.append(share)
@@ -349,9 +349,9 @@ def save_film(path, film, upside_down):
 
 
 def read_log(log, settings):
-    """The lines of a log (.jsonl), but for a last one that was cut off, and what they hold under
-    these settings: {(task, episode): record}."""
-    lines = log.read_text().split("\n")[:-1] if log.exists() else []
+    """The lines of a log (.jsonl), and what they hold under these settings:
+    {(task, episode): record}."""
+    lines = log.read_text().splitlines() if log.exists() else []
     records = {}
     for line in lines:
         try:
@@ -363,11 +363,19 @@ def read_log(log, settings):
     return lines, records
 
 
+def file_name(args, *words):
+    """The name of an evaluation's files, or of all evaluations' picture."""
+    how = [args.prompt, "replay" if args.replay else None]
+    if args.tasks:
+        how.append("tasks" + "-".join(map(str, args.tasks)))
+    return "_".join(["eval", args.suite, *map(str, words), *filter(None, how)])
+
+
 def evaluate(args, out, name, demos, agent):
     """Roll out a policy (None: a replay) in the episodes that its log lacks; returns a report."""
     device, _, _ = data.start(out, args.device)
     toy = args.suite == "toy"
-    stem = "_".join(map(str, filter(None, ["eval", args.suite, name, demos, args.prompt])))
+    stem = file_name(args, name, demos) if agent else file_name(args)
     execute = args.execute or (1 if toy else 8)
     if agent:
         path = Path(out, f"policy_{name}_{demos}.pt")
@@ -380,6 +388,9 @@ def evaluate(args, out, name, demos, agent):
         source = {file.name: file.stat().st_mtime for file in files}
     settings = {"suite": args.suite, "policy": source, "execute": execute, "limit": args.max_steps}
     settings |= {key: getattr(args, key) for key in ("seed", "clear", "replay", "prompt")}
+    if args.prompt:
+        made_by = [Path(out, stage).read_bytes() for stage in ("lam.pt", "skills.pt")]
+        settings["prompt_by"] = [zlib.crc32(content) for content in made_by]
     if not toy:
         settings |= {name: version(name) for name in ("libero", "robosuite", "mujoco")}
         settings["renderer"] = os.environ["MUJOCO_GL"]
@@ -389,7 +400,8 @@ def evaluate(args, out, name, demos, agent):
     if not records:
         for film in Path(out).glob(f"{stem}_task*.gif"):  # those of an older policy
             film.unlink()
-    wanted = [(task, episode) for task in args.tasks for episode in range(args.episodes)]
+    tasks = args.tasks or range(10)
+    wanted = [(task, episode) for task in tasks for episode in range(args.episodes)]
     jobs = [job for job in wanted if job not in records]
     if toy:
         world = ToyEpisodes(jobs, args)
@@ -409,7 +421,7 @@ def evaluate(args, out, name, demos, agent):
         records[task, episode] = record
         lines.append(json.dumps(record | {"settings": settings}))
         write(log, "\n".join(lines) + "\n")
-    wins = {t: sum(records[t, e]["success"] for e in range(args.episodes)) for t in args.tasks}
+    wins = {t: sum(records[t, e]["success"] for e in range(args.episodes)) for t in tasks}
     report = {"variant": name, "demos": demos} | rate(sum(wins.values()), len(wanted))
     report["per_task"] = {str(task): rate(n, args.episodes) for task, n in wins.items()}
     write(Path(out, f"{stem}.json"), report | {"settings": settings})
@@ -447,7 +459,7 @@ def summarise(reports, suite, path):
 def main():
     args = get_args()
     for key in ("variant", "demos", "out", "tasks"):  # what is named twice is no second evidence
-        setattr(args, key, list(dict.fromkeys(getattr(args, key))))
+        setattr(args, key, list({str(x): x for x in getattr(args, key) or []}.values()))
     if args.replay:
         if args.suite == "toy" or not list(Path(args.replay).glob("*_demo.hdf5")):
             fail(f"--replay {args.replay}: for LIBERO's suites, a folder of *_demo.hdf5 files")
@@ -455,13 +467,16 @@ def main():
     else:  # all policies are there before the first one starts
         runs = [(o, name, d) for o in args.out for d in args.demos for name in args.variant]
         runs = [(*run, load_agent(*run, "cpu")) for run in runs]
+        led = all(None not in VARIANTS[agent.settings["variant"]] for *_, agent in runs)
+        if args.prompt and (args.suite != "toy" or not led):
+            fail("--prompt: for the toy world, and policies that were pretrained to follow skills")
     with tempfile.TemporaryDirectory() as folder:
         if args.suite != "toy":
             if args.episodes > 50:
                 fail(f"--episodes {args.episodes}: LIBERO has 50 initial states a task")
             prepare_libero(folder)
         reports = [evaluate(args, *run) for run in runs]
-    summarise(reports, args.suite, Path(args.out[0], f"eval_{args.suite}.png"))
+    summarise(reports, args.suite, Path(args.out[0], f"{file_name(args)}.png"))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ moved (HiLAM, arXiv 2603.05815, section 3.1; UniSkill, CoRL 2025): a wrong z mus
     python lam.py --data data/libero_10 --out out/libero_10 --gap 8 --latent 128 --wrist \\
                   --reverse --odd --warp 0.4 --lr 2e-3 --steps 4000
 
-Expect on the toy world: FDM error 0.15 of copying frame t with the true z, above 1 with a wrong
+Expect on the toy world: FDM error 0.16 of copying frame t with the true z, above 1 with a wrong
 one. Writes to OUT: lam.pt, lam.json, lam.png (what the FDM draws), lam_log.csv and its curve, and
 latents.SET.npy (T, latent) for each packed set.
 """
@@ -175,9 +175,10 @@ def warp(now, future, amount):
     shape = (now.shape[0] * now.shape[1] // 3, 3, *now.shape[2:])  # cameras apart
     turn = torch.eye(2) + amount * torch.randn(shape[0], 2, 2).clamp(-2, 2) / 2
     shift = amount * (torch.rand(shape[0], 2, 1) - 0.5)
-    grid = F.affine_grid(torch.cat([turn, shift], dim=2).to(now.device), shape, False)
+    affine = torch.cat([turn, shift], dim=2).to(now.device)
+    grid = F.affine_grid(affine, shape, align_corners=False)
     pair = [now.reshape(shape), future.reshape(shape)]
-    warped = [F.grid_sample(x, grid, "bilinear", "border", False) for x in pair]
+    warped = [F.grid_sample(x, grid, padding_mode="border", align_corners=False) for x in pair]
     return [x.view_as(now) for x in warped]
 
 

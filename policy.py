@@ -242,7 +242,7 @@ class Agent(nn.Module):
             losses["skill"] = (skill - true_skill).abs().mean()
             skill = skill.detach()  # each level learns from its own labels
         error = (self.predict(images, tokens, skill, proprio) - target).abs().mean(-1)
-        losses["action"] = (error * mask).mean()
+        losses["action"] = (error * mask).mean()  # in pretraining: of the latent actions
         return losses
 
     @torch.no_grad()
@@ -438,7 +438,7 @@ def main():
     cameras = 1 + all(d.wrist is not None for d in labelled)
     shape = {"size": sets[0].frames.shape[1], "cameras": cameras, "high_cameras": cameras}
     shape["proprio"] = labelled[0].proprio.shape[1]
-    shape["skill"] = 64 if VARIANTS[args.variant][0] else 0  # pretraining sets it to the skills'
+    shape["skill"] = 64 if VARIANTS[args.variant][0] else 0  # pretraining sets the skills' own
     checksums = [dataset.checksum() for dataset in sets]
     agent, pretrained = None, VARIANTS[args.variant][1] is not None
     for phase in ["pretrain", "finetune"] if pretrained else ["finetune"]:

@@ -68,8 +68,9 @@ def route(q, k, mask, least=1, apart=1):
     p = F.pad((1 - cosine) / 2, (1, 0), value=1.0)  # p_1 = 1
     boundary = (p >= 0.5) & mask
     shortest = max(least, apart)
-    for t in range(1, p.shape[1] if shortest > 1 else 0):
-        boundary[:, t] &= ~boundary[:, max(0, t + 1 - shortest) : t].any(1)
+    for t in range(1, p.shape[1] if shortest > 1 else 0):  # with 1 nothing is too short
+        recent = boundary[:, max(0, t + 1 - shortest) : t]
+        boundary[:, t] &= ~recent.any(1)
     return p, boundary
 
 
@@ -88,12 +89,13 @@ def dechunk(x, p, boundary, position):
     kept = p.gather(1, position).clamp(1e-4, 1 - 1e-4)  # p_m (B, M)
     log = torch.log1p(-kept).cumsum(1)
     ratio = log[:, :, None] - log[:, None, :]
-    # the first tril: nothing overflows; the second: no weight on later chunks
-    weights = ratio.tril().exp().tril() * kept[:, None, :]  # W
+    later = torch.ones_like(ratio, dtype=torch.bool).triu(1)  # chunks have no weight
+    weights = ratio.masked_fill(later, -torch.inf).exp() * kept[:, None, :]  # W
     y = weights @ x  # (B, M, D)
     which = (boundary.long().cumsum(1) - 1).clamp_min(0)  # (B, L) the chunk of each position
     first_row = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-    spread = F.embedding(which + first_row, y.flatten(0, 1))  # a gather with a fast backward
+    # y.take_along_dim(which[..., None], 1), but with a faster backward
+    spread = F.embedding(which + first_row, y.flatten(0, 1))
     c = torch.where(boundary, p, 1 - p)  # c_t, how sure the router is of b_t
     return spread * ste(c)[..., None]
 
@@ -202,7 +204,8 @@ def frame_rate(routings):
 def sum_ahead(values, boundary):
     """The sums of values (T, D) from each frame to its segment's end; and for each frame the one
     at which the next segment begins, (T,)."""
-    following = np.append(np.flatnonzero(boundary), len(boundary))[np.cumsum(boundary)]
+    begins = np.append(np.flatnonzero(boundary), len(boundary))  # of each segment, and the end
+    following = begins[np.cumsum(boundary)]  # that of segment k + 1: k is cumsum - 1
     total = np.pad(np.cumsum(values, 0, np.float64), ((1, 0), (0, 0)))  # row t: all before t
     return total[following] - total[:-1], following
 
@@ -294,10 +297,11 @@ def segment(model, dataset, latents, gap, device):
         z = torch.from_numpy(latents[dataset.start[group][:, None] + np.minimum(t, known - 1)])
         prediction, routings = model(z.to(device), torch.from_numpy(t < known).to(device))
         marks, vectors = frame_rate(routings)
-        e, frame = np.nonzero(np.arange(length.max()) < length)  # all frames of the group
-        last = np.minimum(frame, known[e, 0] - 1)  # frames without a latent: in the last segment
+        # from (E, L) to rows, a frame each; one without a latent is as the last that has one,
+        e, frame = np.nonzero(np.arange(length.max()) < length)
+        last = np.minimum(frame, known[e, 0] - 1)
         marks = torch.stack(marks, -1).cpu().numpy()[e, last]
-        marks &= (frame == last)[:, None]  # no boundary where there is no latent
+        marks &= (frame == last)[:, None]  # but is no boundary
         parts.append([marks, *(x.cpu().numpy()[e, last] for x in (prediction, *vectors))])
     boundaries, prediction, *vectors = (np.concatenate(x) for x in zip(*parts, strict=True))
     return boundaries, vectors, prediction

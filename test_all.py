@@ -47,7 +47,7 @@ STAGES |= {"policy_pretrain_skills1_latents": policy, "policy_hilam_1": policy}
 LAM = {"wrist": False, "gap": 4, "latent": 4, "width": 8, "odd": False}
 POLICY = {"width": 16, "channels": 8, "patch": 4, "layers": 1, "chunk": 4, "text": None}
 FIRST, LATENTS = "out/toy/lam.pt", "out/toy/latents.hand.npy"
-RECORDS = "out/toy/eval_toy_hilam_1.jsonl"
+RECORDS = "out/toy/eval_toy_hilam_1_tasks0-3-5.jsonl"
 GREYS = [20 * i for i in range(12)]  # of the frames of a clip
 CAPTIONS = {
     "a.json": '[{"id": "b/2", "label": "push; a cup"}, {"id": 1, "label": "hold a pen"}]',
@@ -528,7 +528,7 @@ def hold(path, held, over):
 
 
 @pytest.mark.parametrize(
-    "script, name", [(skills, "skills.pt"), (eval_libero, "eval_toy_flat_1.jsonl")]
+    "script, name", [(skills, "skills.pt"), (eval_libero, "eval_toy_flat_1_tasks0-3-5.jsonl")]
 )
 def test_file_that_another_process_writes_is_refused(folder, capsys, script, name):
     fork, path = get_context("fork"), Path("out/toy", name)
@@ -732,23 +732,27 @@ def test_ensemble_equals_the_loop(execute):
             assert np.allclose(found[:, n], np.average(predicted, 0, weights), atol=1e-5)
 
 
-def test_gripper_holds_the_last_clear_command():
+def test_gripper_holds_the_last_clear_command_for_as_many_steps_as_are_left():
     taken, args = [], SimpleNamespace(clear=0.5, max_steps=5)
-    scene = SimpleNamespace(args=args, grip=-1, steps=np.zeros(1, int), success=np.zeros(1, bool))
-    scene.step = lambda actions: taken.extend(actions[:, -1]) or len(actions)
-    commands = np.array([[[0.4], [0.6], [-0.4]], [[-0.6], [0.2], [0.9]]])
 
-    for actions in commands:
-        eval_libero.Scene.execute(scene, [0], actions[None])
+    def step(actions):
+        taken.extend(actions[:, -1])
+        return len(actions)
 
-    assert taken == [-1, 0.6, 0.6, -0.6, -0.6]  # no more than five steps
+    scene = SimpleNamespace(args=args, grip=-1, steps=np.array([0]), success=np.array([False]))
+    scene.step = step
+
+    for commands in ([0.4, 0.6, -0.4], [-0.6, 0.2, 0.9]):
+        eval_libero.Scene.execute(scene, [0], np.reshape(commands, (1, 3, 1)))
+
+    assert taken == [-1, 0.6, 0.6, -0.6, -0.6]
     assert scene.steps.tolist() == [5] and scene.alive.tolist() == [False]
 
 
 def test_interrupted_evaluation_goes_on_and_counts_a_success_at_once(folder, monkeypatch):
-    log = Path("out/toy/eval_toy_flat_1.jsonl")
-    first, second, _ = log.read_text().splitlines(keepends=True)
-    log.write_text(first + second[:30])  # the kill cut the line
+    log = Path("out/toy/eval_toy_flat_1_tasks0-3-5.jsonl")
+    first, _, _ = log.read_text().splitlines(keepends=True)
+    log.write_text(first)
     monkeypatch.setattr(data.ToyWorld, "success", lambda w: (w.goals != data.TASKS[5]).any(1))
 
     run(eval_libero, "--execute", 2)
@@ -776,31 +780,39 @@ def test_skills_read_in_a_video_are_those_of_the_same_video_in_the_packed_set(fo
         np.testing.assert_allclose(found[len(known) :], [known[-1]] * (120 - len(known)), atol=1e-3)
 
 
-def lives_twice(pipe, jobs, folder):
-    """A worker that dies or fails while it plays the job (3, 7): once, where the folder is new."""
+def stall(*_):
+    time.sleep(60)
+
+
+def fake_worker(pipe, jobs, folder):
+    """A worker that dies in its first try at episode 7, and always fails at 8 and hangs at 9."""
     for job in jobs:
         tried = Path(folder, str(job))
         if job == (3, 7) and not tried.exists():
             tried.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        pipe.send("it fails" if job == (3, 9) else (True, 5, []))
+        if job == (3, 9):
+            eval_libero.TIMEOUT, eval_libero.Scene = 1, stall
+            eval_libero.worker(pipe, [job], SimpleNamespace(replay="demos"), None, 1, "cpu")
+        pipe.send("it fails" if job == (3, 8) else (True, 5, []))
 
 
-@pytest.mark.parametrize("last, numbers", [(8, [0, 1, 2]), (9, [0, 1])])
-def test_worker_that_dies_is_replaced_once_and_only_its_episode_repeated(
-    tmp_path, monkeypatch, capsys, last, numbers
-):
-    monkeypatch.setattr(eval_libero, "worker", lives_twice)
-    jobs, ended = [(3, 6), (3, 7), (3, last)], []
+def test_worker_that_dies_is_replaced_and_only_its_episode_repeated(tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_libero, "worker", fake_worker)
 
-    try:
-        for number, *outcome in eval_libero.play_libero(jobs, 1, tmp_path):
-            ended.append(number)
-            assert outcome == [True, 5, []]
-    except SystemExit:
-        assert "task 3, episode 9: it fails" in capsys.readouterr().err
+    ended = list(eval_libero.play_libero([(3, 6), (3, 7), (3, 0)], 1, tmp_path))
 
-    assert ended == numbers
+    assert ended == [(i, True, 5, []) for i in range(3)]
+
+
+@pytest.mark.parametrize("episode, problem", [(8, "it fails"), (9, "the simulator died, or hung")])
+def test_worker_that_fails_again_is_named(tmp_path, monkeypatch, capsys, episode, problem):
+    monkeypatch.setattr(eval_libero, "worker", fake_worker)
+
+    with pytest.raises(SystemExit):
+        list(eval_libero.play_libero([(3, episode)], 1, tmp_path))
+
+    assert f"task 3, episode {episode}, tried twice: {problem}" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -874,9 +886,9 @@ def test_libero_is_evaluated_in_workers_and_reported(libero):
 
     run(eval_libero, "--suite", "libero_object", "--out", ".", "--tasks", 0, "--variant", "flat")
 
-    report = json.loads(Path("eval_libero_object_flat_1.json").read_text())
+    report = json.loads(Path("eval_libero_object_flat_1_tasks0.json").read_text())
     assert (report["wins"], report["episodes"]) == (0, 1)
-    assert Image.open("eval_libero_object_flat_1_task0_failure.gif").n_frames == 1
+    assert Image.open("eval_libero_object_flat_1_tasks0_task0_failure.gif").n_frames == 1
 
 
 # -------------------------------------------------------------------------------------- bad input
@@ -911,7 +923,12 @@ def change_latents():
         (None, policy, ["--variant", "flat", "--demos", 99], "--demos 99: task"),
         (None, policy, ["--video", "puppet"], "choose from hand, robot"),
         (None, policy, ["--variant", "flat", "--tasks", 10], "there are 10 tasks"),
-        (None, eval_libero, ["--variant", "flat", "--prompt", "video"], "this policy is flat"),
+        (
+            None,
+            eval_libero,
+            ["--variant", "flat", "--prompt", "video"],
+            "pretrained to follow skills",
+        ),
         (None, eval_libero, ["--demos", 7], "policy_hilam_7.pt"),
         (None, eval_libero, ["--suite", "libero_object"], "pip install"),
         (lambda: shutil.copy(FIRST, "out/toy/skills.pt"), skills, [], "not of skills"),
