@@ -6,8 +6,8 @@ train.bin, and an episodes.json that says where each episode starts:
     frames.bin   (T, S, S, 3) uint8       wrist.bin    (T, S, S, 3) uint8, a second camera
     actions.bin  (T, A) float32           proprio.bin  (T, P) float32, what the body feels
     truth_*.bin  what a scripted demonstrator knows (phase, motion, actions): to measure with only
-All but frames may be missing: without actions it is action-free video. Each stage adds one more
-array of length T, so frame t, its latent, its skill and its action t are the same row.
+All but frames may be missing: without actions it is action-free video. Stages 1 and 2 add arrays
+of the same length, so frame t, its latent, its skill and its action t are the same row.
 
     python data.py toy    --out data/toy                               # built in, 20 seconds
     python data.py libero --src DATASETS/libero_10 --out data/libero_10
@@ -22,7 +22,6 @@ import math
 import os
 import re
 import sys
-import textwrap
 import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor
@@ -38,14 +37,14 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 TOY_SETS = ["data/toy/hand", "data/toy/robot"]
-VIDEOS = [".mp4", ".m4v", ".mov", ".mkv", ".avi", ".webm", ".gif", ".mpg"]
-IMAGES = [".png", ".jpg", ".jpeg", ".bmp", ".webp"]
+VIDEO = re.compile(r"\.(mp4|m4v|mov|mkv|avi|webm|gif|mpg)$", re.IGNORECASE)
+IMAGE = re.compile(r"\.(png|jpg|jpeg|bmp|webp)$", re.IGNORECASE)
 
 
 # ------------------------------------------------------------------------- command line and start
 def fail(message):
     """Say in one line what is wrong and leave with exit status 2. Tracebacks are for bugs."""
-    print(f"error: {textwrap.shorten(message, 500)}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())[:500]}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -86,9 +85,9 @@ def make_parser(doc, steps=None):
     return parser
 
 
-def start(out, device="auto"):
-    """Make the run folder and join the processes that torchrun started; returns the torch.device,
-    the rank of this process (0 writes and prints) and how many there are."""
+def start(device):
+    """Join the processes that torchrun started; returns the torch.device that --device names, the
+    rank of this process (only rank 0 writes and prints) and how many there are."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
@@ -97,17 +96,12 @@ def start(out, device="auto"):
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         torch.distributed.init_process_group("nccl" if "cuda" in name else "gloo")
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--out: no folder can be made there ({error})")
     return torch.device(name), int(os.environ.get("RANK", 0)), world
 
 
 # ----------------------------------------------------------------------------- files and pictures
 def write(path, content):
-    """Write .npy, .pt, .png (a matplotlib figure), text or JSON, renamed when the file is whole;
-    where that fails, a full disk say, the old file stays."""
+    """Write .npy, .pt, .png (a figure), text or JSON; until it is whole the old file stays."""
     ending = Path(path).suffix
     new = Path(f"{path}.tmp")
     try:
@@ -129,9 +123,7 @@ def write(path, content):
 
 
 def claim(path, wait=False):
-    """Be the only process that writes path, until it ends or releases the lock that is returned;
-    where another one is, wait for it, or exit."""
-    path = Path(path)
+    """Lock path for this process; where another one has it, wait or exit. Returns the lock."""
     lock = FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,11 +194,10 @@ def load_weights(model, record, path):
 
 
 def resume(path, stage, settings, model, optimizer):
-    """Load weights and optimizer from the checkpoint at path; returns its step and log, or 0 and []
-    without one. Exits when settings, a dict of what decides the result, are not the same, or when
-    another process is at it."""
+    """Load model and optimizer from the checkpoint at path; returns its step and log, or 0 and [].
+    Exits when settings, what decides the result, have changed, or another process writes path."""
     record = {"step": 0, "steps": 1, "log": []}
-    if Path(path).exists():
+    if path.exists():
         record = load_checkpoint(path, stage, finished=False)
         for key in sorted(set(settings) - {"out", "device", "log_every"}):
             old, new = record["settings"].get(key), settings[key]
@@ -221,8 +212,9 @@ def resume(path, stage, settings, model, optimizer):
 
 # ------------------------------------------------------------------------------ the packed dataset
 class Packed:
-    """A packed dataset, memory-mapped: frames, wrist, proprio, actions over all T rows, None where
-    it has none, and the first row and the number of frames of each episode, start, length (E,)."""
+    """A packed dataset, memory-mapped: frames, wrist, proprio, actions and true_actions (to measure
+    with) over all T rows, None where it has none; start and length (E,), the first row and the
+    number of rows of each episode; last (T,), the last row of each row's episode."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -235,9 +227,12 @@ class Packed:
         except (OSError, ValueError, KeyError, TypeError):
             fail(f"{path} is no packed dataset; data.py makes one, see `python data.py --help`")
         self.start = self.length.cumsum() - self.length
-        self.total = int(self.length.sum())
+        self.last = np.repeat(self.start + self.length - 1, self.length)
+        self.total = len(self.last)
         self.frames, self.wrist = self.open("frames"), self.open("wrist")
         self.proprio, self.actions = self.open("proprio"), self.open("actions")
+        truth = self.open("truth_actions")  # where none are given to train on
+        self.true_actions = self.actions if truth is None else truth
 
     def open(self, key):
         """An array of the set by its name, or None; exits when its file has a wrong size."""
@@ -256,11 +251,6 @@ class Packed:
         known = [self.open(key) for key in self.arrays if not key.startswith("truth")]
         return zlib.crc32(json.dumps(self.episodes).encode(), checksum(*known))
 
-    def true_actions(self):
-        """The actions to measure with, which may be known where none are given to train on."""
-        truth = self.open("truth_actions")
-        return self.actions if truth is None else truth
-
     def split(self, name):
         """Numbers of the episodes of a split, train or val; where no episode is held out, all."""
         chosen = [i for i, episode in enumerate(self.episodes) if episode["split"] == name]
@@ -268,20 +258,14 @@ class Packed:
 
     def rows(self, episodes, gap=0):
         """The rows t of these episodes for which t + gap lies in the same episode."""
-        ends = self.start + np.maximum(0, self.length - gap)
+        ends = self.start + self.length - gap
         return np.concatenate([np.arange(self.start[e], ends[e]) for e in episodes])
-
-    def ends(self, gap=0):
-        """Of every row t, (T,), the first that is too late in its episode to have a frame t + gap;
-        with 0 the row after the episode's last."""
-        return np.repeat(self.start + self.length - gap, self.length)
 
     def images(self, rows, cameras, device):
         """Frames, and the wrist camera's where cameras is 2: (B, cameras, 3, S, S) in [0, 1]."""
         if cameras > 1 and self.wrist is None:
             fail(f"{self.path} has no wrist camera")
-        views = [view[rows] for view in (self.frames, self.wrist)[:cameras]]
-        return to_images(views, device)
+        return to_images([view[rows] for view in (self.frames, self.wrist)[:cameras]], device)
 
     def upright(self, frames):
         """Frames (..., S, S, 3) as a person wants to see them: LIBERO stores them upside down."""
@@ -289,8 +273,7 @@ class Packed:
 
 
 def to_images(views, device):
-    """Frames (B, S, S, 3) uint8 of one or more cameras as networks see them: (B, cameras, 3, S, S)
-    in [0, 1]."""
+    """Frames (B, S, S, 3) uint8 of each camera as networks see them: (B, cameras, 3, S, S)."""
     pixels = torch.from_numpy(np.stack(views, 1)).to(device, non_blocking=True)
     return pixels.permute(0, 1, 4, 2, 3).float() / 255
 
@@ -313,9 +296,8 @@ def open_sets(paths):
 
 
 def pack(out, episodes, total=None, upside_down=False, skipped=()):
-    """Write a packed dataset; exits when arrays do not fit each other, or hold NaN. episodes yields
-    (text, task, split, {name: array over its frames}), total of them; what it skipped is listed in
-    OUT/skipped.txt."""
+    """Pack episodes, total times (text, task, split, {name: array over its frames}), into a folder;
+    exits when arrays do not fit each other, or hold NaN. skipped is written to OUT/skipped.txt."""
     out, part = Path(out), Path(f"{out}.part")
     claim(out)
     if out.exists():
@@ -359,7 +341,6 @@ BLOCK_HALF, TRAY_HALF = 0.07, 0.15  # half sides; all lengths in widths of the t
 REACH = 0.09  # how far off its centre a block is still grasped
 MAX_STEP = 0.06  # of the hand in one frame at |action| = 1
 TOY_SIZE = 32  # side of a frame in pixels
-TOY_LIMIT = 120  # steps of an evaluation
 # where the four blocks and the two trays lie, give or take 0.12
 REGIONS = np.array([[0.2, 0.28], [0.5, 0.28], [0.8, 0.28], [0.5, 0.72], [0.2, 0.72], [0.8, 0.72]])
 # (block, tray, block, tray), done in this order; every fifth is a task of the robot's
@@ -374,38 +355,38 @@ def toy_text(goal):
 
 
 class ToyWorld:
-    """B tables seen from above, each with four blocks, two trays and a gripper; a seed places them.
+    """B tables seen from above, each with four blocks, two trays and a hand; a seed places them.
     Positions lie in [0, 1]^2, in widths of the table, y downwards. An action (B, 3) in [-1, 1] is
     dx, dy, grip; grip > 0 closes, as in LIBERO."""
 
     def __init__(self, goals, seeds, look="robot"):
         self.look = look
-        tray = np.arange(6) > 3  # objects 0..3 are blocks, 4 and 5 trays
         self.goals = np.array(goals)
-        self.objects = np.zeros((len(goals), 6, 2))
-        self.hand = np.zeros((len(goals), 2))
-        self.opening = np.ones(len(goals))
+        self.hand = np.ones((len(goals), 3))  # x, y and opening: the proprio
+        self.objects = np.zeros((len(goals), 6, 2))  # 0..3 are blocks, 4 and 5 trays
         self.held = np.full(len(goals), -1)  # the block in the hand, -1: none
+        tray = np.arange(6) > 3
         apart = 0.20 + 0.06 * (tray[:, None] | tray) - np.eye(6)  # of each two, at least
         for i, seed in enumerate(seeds):
             rng = np.random.default_rng(seed)
             while (np.abs(self.objects[i][:, None] - self.objects[i]).max(-1) < apart).any():
                 self.objects[i] = REGIONS + rng.uniform(-0.12, 0.12, (6, 2))
-            self.hand[i] = rng.uniform(0.1, 0.9, 2)
+            self.hand[i, :2] = rng.uniform(0.1, 0.9, 2)
 
     def step(self, actions):
         """Advance all tables by one frame; returns success, (B,) bool."""
         actions, before = np.clip(actions, -1, 1), self.hand
         close = actions[:, 2] > 0
-        self.hand = np.clip(before + actions[:, :2] * MAX_STEP, 0.02, 0.98)
-        self.opening = np.clip(self.opening + np.where(close, -1, 1) / 3, 0, 1)
-        distance = np.abs(self.objects[:, :4] - self.hand[:, None]).max(-1)  # (B, 4)
+        change = np.column_stack([actions[:, :2] * MAX_STEP, np.where(close, -1, 1) / 3])
+        self.hand = np.clip(before + change, [0.02, 0.02, 0], [0.98, 0.98, 1])
+        opening = self.hand[:, 2]
+        distance = np.abs(self.objects[:, :4] - self.hand[:, None, :2]).max(-1)  # (B, 4)
         near = (self.held < 0) & (distance.min(1) < REACH)
-        touch = close & near & (np.abs(self.opening - 1 / 3) < 0.1)
-        drop = ~close & (self.opening > 0.5)
+        touch = close & near & (np.abs(opening - 1 / 3) < 0.1)
+        drop = ~close & (opening > 0.5)
         self.held = np.where(touch, distance.argmin(1), np.where(drop, -1, self.held))
         carry = np.flatnonzero(self.held >= 0)
-        self.objects[carry, self.held[carry]] += (self.hand - before)[carry]
+        self.objects[carry, self.held[carry]] += (self.hand - before)[carry, :2]
         return self.success()
 
     def success(self):
@@ -415,41 +396,28 @@ class ToyWorld:
         trays = self.objects[rows, 4 + self.goals[:, 1::2]]
         return (np.abs(blocks - trays).max((1, 2)) < TRAY_HALF) & (self.held < 0)
 
-    def proprio(self):
-        """Position and opening of the hand, (B, 3)."""
-        return np.concatenate([self.hand, self.opening[:, None]], 1).astype(np.float32)
-
-    def state(self, rows=slice(None)):
-        """What draw_toy draws of these tables: hand, opening, objects, held."""
-        return [array[rows] for array in (self.hand, self.opening, self.objects, self.held)]
-
     def frames(self, rows):
-        """What the camera sees of these tables, (B, S, S, 3) uint8."""
-        return draw_toy(self.look, *self.state(rows))
-
-
-def draw_toy(look, hand, opening, objects, held):
-    """Draw B tables, painted back to front, (B, S, S, 3) uint8, from hand (B, 2), opening (B,),
-    objects (B, 6, 2) and held (B,)."""
-    x, y = hand.T
-    gap = 0.10 + 0.08 * opening  # wide enough to be seen frame by frame at 32 x 32
-    table = np.array([186, 191, 199], np.float32)[:, None, None]
-    image = np.tile(table, (len(x), 1, TOY_SIZE, TOY_SIZE))  # (B, 3, S, S)
-    for i, colour in enumerate(TRAYS.values()):
-        paint(image, colour, *objects[:, 4 + i].T, TRAY_HALF, TRAY_HALF)
-    for top in (False, True):  # the block in the hand lies above the others
-        for i, colour in enumerate(BLOCKS.values()):
-            paint(image, colour, *objects[:, i].T, BLOCK_HALF, BLOCK_HALF, (held == i) == top)
-    if look == "robot":  # a plate and two fingers
-        paint(image, (204, 38, 179), x, y - 0.13, gap + 0.03, 0.04)
-        finger, tip = (115, 26, 107), y
-    else:  # a sleeve that comes from the table's edge, a palm, thumb and finger
-        paint(image, (92, 115, 82), x, (y + 1.3) / 2, 0.05, (1.0 - y) / 2)
-        paint(image, (245, 168, 128), x, y + 0.15, gap, 0.05)
-        finger, tip = (224, 140, 102), y + 0.03
-    paint(image, finger, x - gap, tip, 0.03, 0.095)
-    paint(image, finger, x + gap, tip, 0.03, 0.095)
-    return (image + 0.5).astype(np.uint8).transpose(0, 2, 3, 1)
+        """What the camera sees of these tables, painted back to front: (B, S, S, 3) uint8."""
+        objects, held = self.objects[rows], self.held[rows]
+        x, y, opening = self.hand[rows].T
+        gap = 0.10 + 0.08 * opening  # wide enough to be seen frame by frame at 32 x 32
+        table = np.array([186, 191, 199], np.float32)[:, None, None]
+        image = np.tile(table, (len(x), 1, TOY_SIZE, TOY_SIZE))  # (B, 3, S, S)
+        for i, colour in enumerate(TRAYS.values()):
+            paint(image, colour, *objects[:, 4 + i].T, TRAY_HALF, TRAY_HALF)
+        for top in (False, True):  # the block in the hand lies above the others
+            for i, colour in enumerate(BLOCKS.values()):
+                paint(image, colour, *objects[:, i].T, BLOCK_HALF, BLOCK_HALF, (held == i) == top)
+        if self.look == "robot":  # a plate and two fingers
+            paint(image, (204, 38, 179), x, y - 0.13, gap + 0.03, 0.04)
+            finger, tip = (115, 26, 107), y
+        else:  # a sleeve that comes from the table's edge, a palm, thumb and finger
+            paint(image, (92, 115, 82), x, (y + 1.3) / 2, 0.05, (1.0 - y) / 2)
+            paint(image, (245, 168, 128), x, y + 0.15, gap, 0.05)
+            finger, tip = (224, 140, 102), y + 0.03
+        for side in (-gap, gap):
+            paint(image, finger, x + side, tip, 0.03, 0.095)
+        return (image + 0.5).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
 def paint(image, colour, x, y, width, height, seen=True):
@@ -464,20 +432,18 @@ def paint(image, colour, x, y, width, height, seen=True):
 
 
 def toy_demonstrate(look, goal, seed):
-    """A scripted demonstration, {name: array over its frames}. It has its own speed, its heading
-    wanders smoothly, and now and then the hand rests."""
+    """The arrays of a scripted demonstration, at its own speed, wandering, now and then at rest."""
     world = ToyWorld([goal], [seed], look)
     rng = np.random.default_rng([*seed, 1])
     speed = rng.uniform(0.65, 1.0) - (0.15 if look == "hand" else 0.0)
     home = rng.uniform(0.2, 0.8, 2)  # where the hand retreats to
-    pause = int(rng.integers(3, 7))  # frames that it stays there
     angle, rest, velocity = 0.0, 0, np.zeros(2)  # by how much the heading is off; frames of rest
-    states, film = [], []
+    film = []
     plan = [(block, phase) for block in (0, 1) for phase in ("reach", "grasp", "carry", "release")]
-    plan += [(1, "retreat")] * pause
+    plan += [(1, "retreat")] * int(rng.integers(3, 7))
     while plan:
         block, phase = plan[0]
-        hand, thing = world.hand[0], world.objects[0, goal[2 * block]]
+        hand, thing = world.hand[0, :2], world.objects[0, goal[2 * block]]
         slot = world.objects[0, 4 + goal[2 * block + 1]] + [0.14 * block - 0.07, 0]  # of the tray
         away = {"carry": slot - thing, "retreat": home - hand}.get(phase, thing - hand)
         distance = math.hypot(*away) + 1e-9
@@ -490,16 +456,20 @@ def toy_demonstrate(look, goal, seed):
         pace = 0 if rest else min(speed, 0.7 * distance / MAX_STEP)
         velocity = moving * (0.4 * velocity + 0.6 * pace * (rotation @ away) / distance)
         action = np.array([*velocity, 1 if phase in ("grasp", "carry") else -1], np.float32)
-        states.append([array.copy() for array in world.state()])
-        row = {"proprio": world.proprio()[0], "actions": action, "truth_phase": np.bytes_(phase)}
+        film.append((world.hand[0], world.objects[0].copy(), world.held[0], action, phase))
         world.step(action[None])
-        film.append(row | {"truth_motion": world.proprio()[0] - row["proprio"]})
-        done = {"grasp": world.opening[0] < 0.01, "release": world.opening[0] > 0.99}
+        done = {"grasp": world.hand[0, 2] < 0.01, "release": world.hand[0, 2] > 0.99}
         if done.get(phase, distance < 0.05) or phase == "retreat":
             plan.pop(0)
             velocity = velocity * (phase == "retreat")
-    frames = draw_toy(look, *map(np.concatenate, zip(*states, strict=True)))
-    return {"frames": frames} | {key: np.stack([row[key] for row in film]) for key in film[0]}
+    end = world.hand.astype(np.float32)
+    # all frames are drawn at once, each as a table of its own
+    world.hand, world.objects, world.held, actions, phases = map(np.array, zip(*film, strict=True))
+    proprio = world.hand.astype(np.float32)
+    arrays = {"frames": world.frames(slice(None)), "proprio": proprio, "actions": actions}
+    arrays["truth_phase"] = phases.astype(bytes)
+    arrays["truth_motion"] = np.diff(proprio, axis=0, append=end)
+    return arrays
 
 
 def toy_episodes(look, goals):
@@ -513,8 +483,7 @@ def toy_episodes(look, goals):
 
 
 def pack_toy(out, hand=880, demos=55):
-    """Pack OUT/hand, so many videos of all goals, and OUT/robot, demos demonstrations of each of
-    the robot's tasks. A set that exists already is left as it is."""
+    """Pack so many videos of a hand and demonstrations of each task of a robot, where missing."""
     others = [goal for goal in GOALS if goal not in TASKS]
     mixed = [TASKS[i // 2 % 10] if i % 2 else others[i // 2 % 38] for i in range(hand)]
     lock = claim(Path(out, "sets"), wait=True)  # of two first runs one packs, the other waits
@@ -559,14 +528,11 @@ def libero_episodes(args, skipped):
                     continue
                 for i, name in enumerate(names):
                     demo = file["data"][name]
-                    actions = demo["actions"][1:].astype(np.float32)
-                    if len(actions) < 2:
-                        skipped.append(f"{path.name} {name}: {len(actions) + 1} steps")
+                    if len(demo["actions"]) < 3:  # one is lost, as actions[0] has no frame
+                        skipped.append(f"{path.name} {name}: too short")
                         continue
-                    beyond += int((np.abs(actions) > 1).sum())
-                    arrays = libero_arrays(demo, phases, args) | {"truth_actions": actions}
-                    if not args.no_actions:
-                        arrays["actions"] = actions
+                    arrays = libero_arrays(demo, phases, args)
+                    beyond += int((np.abs(arrays["truth_actions"]) > 1).sum())
                     split = "val" if i >= len(names) - round(args.val * len(names)) else "train"
                     yield text, path.name.removesuffix("_demo.hdf5"), split, arrays
         except (OSError, KeyError, ValueError, TypeError) as error:
@@ -576,81 +542,70 @@ def libero_episodes(args, skipped):
 
 
 def libero_arrays(demo, phases, args):
-    """What was seen in a demonstration, {name: array}: frames, wrist where there are, proprio with
-    actions only, and of a scripted demonstration the name of each frame's phase."""
-    obs = demo["obs"]
-    arrays = {"frames": resize(obs["agentview_rgb"][:-1], args.size)}
+    """The arrays of a demonstration; a scripted one tells the name of each frame's phase too."""
+    obs, actions = demo["obs"], demo["actions"][1:].astype(np.float32)
+    arrays = {"frames": resize(obs["agentview_rgb"][:-1], args.size), "truth_actions": actions}
     if "eye_in_hand_rgb" in obs:
         arrays["wrist"] = resize(obs["eye_in_hand_rgb"][:-1], args.size)
     if not args.no_actions:
         body = [obs["joint_states"][:-1], obs["gripper_states"][:-1]]
         arrays["proprio"] = np.concatenate(body, 1).astype(np.float32)
+        arrays["actions"] = actions
     if phases:
         short = [re.split("[:_]", phase)[-1] for phase in phases]  # "2:knob_turn": a turn
         arrays["truth_phase"] = np.array(short, "S32")[demo["phase"][:-1]]
     return arrays
 
 
-def clip_name(path):
-    """A clip's path without a video's ending: by it captions are found."""
-    path = Path(path)
-    return str(path.with_suffix("") if path.suffix.lower() in VIDEOS else path)
-
-
 def read_captions(path, names):
-    """The caption of each of these clips, "" where path (a CSV with columns id or file, and label
-    or text; a JSON list of such rows, or an object) has none; exits when it has none at all."""
+    """The captions of clips of these names, "" where there is none, from a JSON object, or from
+    rows, in CSV or JSON, with columns id (or file) and label (or text)."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         if path.endswith(".json"):
             rows = json.loads(text)
         else:
-            header = text.split("\n")[0]
-            separator = max(",;\t", key=header.count)
+            separator = max(",;\t", key=text.split("\n")[0].count)
             rows = list(csv.DictReader(text.splitlines(keepends=True), delimiter=separator))
         if isinstance(rows, list):
             rows = {row.get("file") or row["id"]: row.get("text") or row["label"] for row in rows}
-        found = {clip_name(str(key)): str(caption) for key, caption in rows.items()}
+        found = {VIDEO.sub("", str(key)): str(caption) for key, caption in rows.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         fail(f"{path}: no captions with columns id and label ({type(error).__name__} {error})")
     captions = [found.get(name, found.get(Path(name).name, "")) for name in names]
-    known = sum(map(bool, captions))
-    if not known:
-        fail(f"{path} has captions of {str(list(found)[:1])}, but the first clip is {names[0]!r}")
-    print(f"captions for {known} of {len(names)} videos")
+    if not any(captions):
+        fail(f"{path} has captions of {list(found)[:1]}, but the first clip is {names[0]!r}")
+    print(f"captions for {sum(map(bool, captions))} of {len(names)} videos")
     return captions
-
-
-def video_images(video, fps):
-    """The images of an open video, upright; with fps so many a second: for each moment the first
-    image at or after it, by the video's own time stamps."""
-    shown, begin = 0, None
-    for frame in video.decode(video=0):
-        begin = frame.time if begin is None else begin
-        due = int((frame.time - begin) * fps + 1e-6) + 1 if fps else shown + 1
-        for _ in range(shown, due):
-            yield frame.to_image().rotate(frame.rotation, expand=True)
-        shown = due
-    if begin is not None and 0.9e-6 * (video.duration or 0) > frame.time - begin + 1:
-        raise ValueError(f"its header promises {video.duration / 1e6:.1f} seconds")
 
 
 def read_clip(path, args):
     """A list of the frames (size, size, 3) of a video, as far as it can be read, or of a folder of
-    images in natural order; what is wrong with it, or ""; its frames a second, or None."""
+    images in natural order; what is wrong with it, or ""; its frames a second, or 0. With --fps, of
+    each moment the first image at or after it, by the video's own time stamps."""
     import av
 
-    frames, problem, rate = [], "", None
+    frames, problem, rate = [], "", 0
     try:
         if path.is_dir():
-            files = sorted(path.iterdir(), key=natural)
-            images = (Image.open(file) for file in files if file.suffix.lower() in IMAGES)
+            for file in sorted(path.iterdir(), key=natural):
+                if IMAGE.search(file.name):
+                    image = ImageOps.exif_transpose(Image.open(file))
+                    frames += [*resize([image], args.size, args.fit)]
         else:
             video = av.open(str(path))
             rate = round(video.streams.video[0].average_rate or 0)
-            images = video_images(video, args.fps)
-        for image in images:
-            frames.append(resize([ImageOps.exif_transpose(image)], args.size, args.fit)[0])
+            begin, seconds = None, 0
+            for frame in video.decode(video=0):
+                now = frame.time or 0  # 0: it has no time stamps
+                begin = now if begin is None else begin
+                seconds = now - begin
+                due = int(seconds * args.fps + 1e-6) + 1 if args.fps else len(frames) + 1
+                if due > len(frames):
+                    image = frame.to_image().rotate(frame.rotation, expand=True)  # upright
+                    frames += [*resize([image], args.size, args.fit)] * (due - len(frames))
+            if 0.9e-6 * (video.duration or 0) > seconds + 1:
+                raise ValueError(f"its header promises {video.duration / 1e6:.1f} seconds")
     except (av.FFmpegError, OSError, ValueError, IndexError, SyntaxError, TypeError) as error:
         problem = f"unreadable after {len(frames)} frames ({error})"
     if len(frames) < 2 and not problem:
@@ -659,14 +614,13 @@ def read_clip(path, args):
 
 
 def video_episodes(args, skipped):
-    """Episodes of video files and of folders of images, to any depth, named by their paths; those
-    that cannot be read are skipped."""
+    """Episodes of video files and image folders, named by path; problems are added to skipped."""
     found = sorted(Path(args.src).rglob("*"), key=natural)
-    folders = {path.parent for path in found if path.suffix.lower() in IMAGES}
-    files = [path for path in found if path.suffix.lower() in VIDEOS or path in folders]
+    folders = {path.parent for path in found if IMAGE.search(path.name)}
+    files = [path for path in found if VIDEO.search(path.name) or path in folders]
     if not files:
-        fail(f"--src {args.src}: no {' '.join(VIDEOS)}, no folders of {' '.join(IMAGES)} there")
-    names = [clip_name(path.relative_to(args.src)) for path in files]
+        fail(f"--src {args.src}: no .mp4 or other videos there, no folders of .png or other images")
+    names = [VIDEO.sub("", str(path.relative_to(args.src))) for path in files]
     captions = read_captions(args.labels, names) if args.labels else [""] * len(names)
     rates = set()
     with ProcessPoolExecutor(args.workers) as pool:
@@ -679,10 +633,9 @@ def video_episodes(args, skipped):
                 if len(frames) > 1:
                     split = "val" if args.val and i % round(1 / args.val) == 0 else "train"
                     yield captions[i], names[i], split, {"frames": np.stack(frames)}
-    rates -= {None, 0}  # of images, of what could not be opened
+    rates -= {0}  # of images, of what could not be opened
     if len(rates) > 1 and not args.fps:
-        print(f"{sorted(rates)} frames a second are mixed, so a gap of k frames is not one time;")
-        print("--fps makes them alike")
+        print(f"{sorted(rates)} frames a second are mixed: --fps makes a gap of k one time")
 
 
 def main():
@@ -700,13 +653,13 @@ def main():
     add("--workers", type=COUNT, default=os.cpu_count(), help="video: processes that decode")
     add("--val", type=number(float, 0, 0.5), default=0.1, help="share held out; not for toy")
     args = parser.parse_args()
-    skipped = []
     if args.kind == "toy":
         if Path(args.out, "robot").exists():
             fail(f"{args.out} is packed already: delete it or choose another --out")
         return pack_toy(args.out)
     if not args.src or not Path(args.src).is_dir():
         fail(f"--src {args.src}: no such folder")
+    skipped = []
     episodes = libero_episodes if args.kind == "libero" else video_episodes
     pack(args.out, episodes(args, skipped), None, args.kind == "libero", skipped)
 

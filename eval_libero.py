@@ -44,7 +44,7 @@ from data import COUNT, GOALS, REAL, SEED, TASKS, fail, number, write
 from policy import VARIANTS, amount, load_agent
 from skills import read_skills
 
-LIMITS = {"toy": data.TOY_LIMIT, "libero_spatial": 220, "libero_object": 280}
+LIMITS = {"toy": 120, "libero_spatial": 220, "libero_object": 280}
 LIMITS |= {"libero_goal": 300, "libero_10": 520}  # the most steps of an episode
 SETTLE = 10  # steps of rest before the policy acts: objects fall into place
 TIMEOUT = 900  # seconds: LIBERO's reset tries again for ever when it fails
@@ -122,7 +122,7 @@ class ToyEpisodes:
         skill (None: pi_h's)."""
         texts = [data.toy_text(self.goals[i]) for i in going]
         skill = None if self.prompts is None else self.prompts[going, self.steps[going]]
-        return self.world.frames(going), None, self.world.proprio()[going], texts, skill
+        return self.world.frames(going), None, self.world.hand[going], texts, skill
 
     def execute(self, going, actions):
         """Take n steps in these episodes, actions (B, n, A)."""
@@ -373,7 +373,7 @@ def file_name(args, *words):
 
 def evaluate(args, out, name, demos, agent):
     """Roll out a policy (None: a replay) in the episodes that its log lacks; returns a report."""
-    device, _, _ = data.start(out, args.device)
+    device, _, _ = data.start(args.device)
     toy = args.suite == "toy"
     stem = file_name(args, name, demos) if agent else file_name(args)
     execute = args.execute or (1 if toy else 8)

@@ -238,7 +238,7 @@ def probe(sets, latents, gap):
     for dataset, z in zip(sets, latents, strict=True):
         train = dataset.rows(dataset.split("train"), gap)
         val = dataset.rows(dataset.split("val"), gap)
-        actions = dataset.true_actions()
+        actions = dataset.true_actions
         if actions is not None:
             truth = summed(actions, train, gap)
             figures["action_r2"] = ridge(z[train], truth, z[val], summed(actions, val, gap))
@@ -344,7 +344,7 @@ def report(out, model, sets, device):
 
 def main():
     args = get_args()
-    device, rank, world = data.start(args.out, args.device)
+    device, rank, world = data.start(args.device)
     torch.manual_seed(args.seed)
     sets = data.open_sets(args.data)
     rows = [dataset.rows(dataset.split("train"), args.gap) for dataset in sets]

@@ -271,7 +271,7 @@ class Labels:
         self.target, self.arrays = target, arrays
         self.rows = dataset.rows(episodes, gap)
         self.episode = np.repeat(np.arange(len(dataset.start)), dataset.length)  # of each row
-        self.end = dataset.ends(gap)  # where its targets end
+        self.end = dataset.last + 1 - gap  # where its targets end
         self.tokens = torch.stack([tokenize(e["text"], t5) for e in dataset.episodes])
 
     def batch(self, rows, chunk):
@@ -430,7 +430,7 @@ def run_name(args, phase):
 
 def main():
     args = get_args()
-    device, rank, world = data.start(args.out, args.device)
+    device, rank, world = data.start(args.device)
     sets = data.open_sets(args.data)
     labelled = [d for d in sets if d.actions is not None]
     if not labelled or any(d.proprio is None for d in labelled):

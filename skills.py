@@ -350,7 +350,7 @@ def boundary_f1(sets, latents, found, even, gap):
 
 def skill_r2(dataset, skills, boundary):
     """R2 from skills, held out: of the action, and of its sum to the segment's end (no gripper)."""
-    action = np.asarray(dataset.true_actions(), np.float64)
+    action = np.asarray(dataset.true_actions, np.float64)
     way, _ = sum_ahead(action[:, :-1], boundary)
     train, val = dataset.rows(dataset.split("train")), dataset.rows(dataset.split("val"))
     r2 = [ridge(skills[train], y[train], skills[val], y[val]) for y in (action, way)]
@@ -394,9 +394,9 @@ def report(args, model, sets, latents, gap, device):
         print(f"  stage {s + 1}: every {positions / kept:.1f} positions, F1 {scores}")
         for dataset, stages, found_at, uniform_at in zip(sets, vectors, marks, even, strict=True):
             for kind, cut in (("skills", found_at), ("uniform", uniform_at)):
-                skill = skill_vectors(stages[s], cut, args.skill, dataset.ends() - 1)
+                skill = skill_vectors(stages[s], cut, args.skill, dataset.last)
                 write(Path(args.out, f"{kind}{s + 1}.{dataset.name}.npy"), skill)
-                if dataset.true_actions() is not None:
+                if dataset.true_actions is not None:
                     says = row[f"{kind}_says"] = skill_r2(dataset, skill, cut)
                     now, way = (" ".join(f"{x:.2f}" for x in r2) for r2 in says.values())
                     print(f"    {dataset.name} {kind:7} R2: action {now} · way to its end {way}")
@@ -428,12 +428,12 @@ def read_skills(out, video, like, stage, device):
     data.load_weights(model, record, path)
     boundaries, vectors, _ = segment(model.to(device), video, z, lam.gap, device)
     s = int(stage.removeprefix("skills")) - 1
-    return skill_vectors(vectors[s], boundaries[:, s], settings["skill"], video.ends() - 1)
+    return skill_vectors(vectors[s], boundaries[:, s], settings["skill"], video.last)
 
 
 def main():
     args = get_args()
-    device, _, world = data.start(args.out, args.device)
+    device, _, world = data.start(args.device)
     if world > 1:
         fail("skills.py runs in one process: start it without torchrun")
     torch.manual_seed(args.seed)

@@ -466,7 +466,7 @@ def test_toy_demonstration_replayed_puts_the_blocks_where_the_text_says(goal):
         assert np.array_equal(world.frames([0])[0], frame)
         success = world.step(action[None])[0]
 
-    assert success and len(arrays["actions"]) < data.TOY_LIMIT
+    assert success and len(arrays["actions"]) < eval_libero.LIMITS["toy"]
     place = dict(zip([*data.BLOCKS, *data.TRAYS], world.objects[0], strict=True))
     for block, tray in ((words[2], words[6]), (words[10], words[14])):
         assert np.abs(place[block] - place[tray]).max() < data.TRAY_HALF
@@ -578,8 +578,35 @@ def test_libero_import_pairs_a_frame_with_the_action_after_it(words):
     t = np.concatenate([10 * i + np.arange(4) for i in range(12)])[:, None]  # demo_10 after demo_9
     assert np.all(packed.frames == t[..., None, None])
     assert np.all(packed.wrist == 255 - t[..., None, None])
-    assert np.all(packed.true_actions() == t + 1)
+    assert np.all(packed.true_actions == t + 1)
     assert words or np.all(packed.proprio == t * ([1] * 7 + [-1] * 2))
+
+
+def test_libero_files_and_demonstrations_with_nothing_to_learn_are_named(capsys):
+    path = write_libero(actions=np.full((5, 7), 1.5))
+    import h5py
+
+    with h5py.File(path, "a") as file:
+        for name in ("obs/agentview_rgb", "actions"):
+            whole = file[f"data/demo_2/{name}"][:2]
+            del file[f"data/demo_2/{name}"]
+            file[f"data/demo_2/{name}"] = whole
+        for empty in ("raw/empty_demo.hdf5", "raw/silent_demo.hdf5"):
+            with h5py.File(empty, "w") as other:
+                file.copy("data", other)
+                if "silent" in empty:
+                    other["data"].attrs["problem_info"] = '{"language_instruction": " "}'
+                else:
+                    for name in list(other["data"]):
+                        del other[f"data/{name}"]
+
+    run(data, "libero")
+
+    skipped = Path("set/skipped.txt").read_text().splitlines()
+    names = ["empty_demo.hdf5", "put_the_bowl_on_the_stove_demo.hdf5 demo_2", "silent_demo.hdf5"]
+    assert [line.split(":")[0] for line in skipped] == names
+    assert len(data.Packed("set").length) == 11
+    assert "308 numbers of actions lie beyond [-1, 1]" in capsys.readouterr().out
 
 
 def write_clip(path, width=32, fps=10, upright=False):
