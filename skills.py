@@ -238,12 +238,13 @@ def load_rows(dataset, out, name):
     """The latents or skills of a packed set, a row a frame, (T, D); exits where they don't fit it,
     or where skills were made from other latents than lie in OUT now."""
     path = Path(out, f"{name}.{dataset.name}.npy")
+    script = "lam.py" if name == "latents" else "skills.py"
     try:
         rows = np.load(path)
+        fits = len(rows) == dataset.total and np.isfinite(rows).all()
     except (OSError, ValueError):
-        rows = np.zeros((0, 1))
-    if len(rows) != dataset.total or not np.isfinite(rows).all():
-        script = "lam.py" if name == "latents" else "skills.py"
+        fits = False
+    if not fits:
         fail(f"{path} is missing, damaged or of other data: run `python {script}` with this --out")
     if name != "latents":
         record = Path(out, "skills.pt")
@@ -376,10 +377,9 @@ def report(args, model, sets, latents, gap, device):
     found = [segment(model, d, z, gap, device) for d, z in zip(sets, latents, strict=True)]
     boundaries, vectors, predictions = zip(*found, strict=True)
     val = [dataset.rows(dataset.split("val"), gap + 1) for dataset in sets]
-    error, copy = 0.0, 0.0
-    for z, prediction, rows in zip(latents, predictions, val, strict=True):
-        error += np.abs(z[rows + 1] - prediction[rows]).sum()
-        copy += np.abs(z[rows + 1] - z[rows]).sum()
+    rated = list(zip(latents, predictions, val, strict=True))
+    error = sum(np.abs(z[rows + 1] - guess[rows]).sum() for z, guess, rows in rated)
+    copy = sum(np.abs(z[rows + 1] - z[rows]).sum() for z, _, rows in rated)
     figures = {"latent_l1_over_copy": round(float(error / copy), 4), "stages": []}
     print(f"held-out episodes: next latent's l1 error over copying the last: {error / copy:.2f}")
     print(f"boundaries (N {args.chunk}), F1 with true changes; R2 of what a frame's skill tells:")
@@ -408,7 +408,7 @@ def report(args, model, sets, latents, gap, device):
     draw(Path(args.out, "skills.png"), sets, boundaries)
 
 
-def standardise(z, rows):
+def scale_latents(z, rows):
     """Latents (T, D) less these rows' mean, over one deviation for all: else nothing is cut."""
     mean, deviation = z[rows].mean(0), float(z[rows].var(0).mean() ** 0.5) + 1e-6
     return ((z - mean) / deviation).astype(np.float32), (torch.from_numpy(mean), deviation)
@@ -416,13 +416,13 @@ def standardise(z, rows):
 
 def read_skills(out, video, like, stage, device):
     """The skills (T, D) of a stage, "skills1" or higher, that a run folder's models find in a new
-    packed set, video; its latents are standardised as those of like, a set they were trained on."""
+    packed set, video; its latents are scaled as those of like, a set they were trained on."""
     path = Path(out, "skills.pt")
     record = data.load_checkpoint(path, "skills")
     settings = record["settings"]
     lam = load_lam(out, like, device)
     known = like.rows(like.split("train"), lam.gap)
-    _, (mean, deviation) = standardise(load_rows(like, out, "latents"), known)
+    _, (mean, deviation) = scale_latents(load_rows(like, out, "latents"), known)
     z = (encode(lam, video, device) - mean.numpy()) / np.float32(deviation)
     model = HNet(settings, z.shape[1], lam.gap)
     data.load_weights(model, record, path)
@@ -441,7 +441,7 @@ def main():
     raw = [load_rows(dataset, args.out, "latents") for dataset in sets]
     lam = load_lam(args.out, sets[0], device).requires_grad_(False)  # frozen
     used = [dataset.rows(dataset.split("train"), lam.gap) for dataset in sets]
-    latents, scale = zip(*map(standardise, raw, used), strict=True)
+    latents, scale = zip(*map(scale_latents, raw, used), strict=True)
     episodes = [[e for e in d.split("train") if d.length[e] > lam.gap + 1] for d in sets]
     held_out = [dataset.rows(dataset.split("val"), lam.gap + 1) for dataset in sets]
     if min(map(len, episodes + held_out)) == 0:
