@@ -398,7 +398,7 @@ def evaluate(args, out, name, demos, agent):
     data.claim(log)
     lines, records = read_log(log, settings)
     if not records:
-        for film in Path(out).glob(f"{stem}_task*.gif"):  # those of an older policy
+        for film in Path(out).glob(f"{stem}_task[0-9]_*.gif"):  # of an older policy
             film.unlink()
     tasks = args.tasks or range(10)
     wanted = [(task, episode) for task in tasks for episode in range(args.episodes)]
@@ -437,18 +437,17 @@ def summarise(reports, suite, path):
     for report in reports:
         cells.setdefault(report["variant"], {}).setdefault(report["demos"], []).append(report)
     for i, (name, row) in enumerate(cells.items()):
-        points = []  # success, its distance to the interval's lower and upper end
+        points = []  # success, and its interval's ends
         for demos, runs in row.items():
-            episodes = sum(run["episodes"] for run in runs)
-            total = rate(sum(run["wins"] for run in runs), episodes)
-            share, (low, high) = total["success_rate"], total["ci95"]
-            points.append((share, share - low, high - share))
-            figures = f"{share:8.2f}   [{low:.2f}, {high:.2f}]    {episodes:8d}"
+            wins, episodes = (sum(run[key] for run in runs) for key in ("wins", "episodes"))
+            pooled = rate(wins, episodes)
+            points.append([pooled["success_rate"], *pooled["ci95"]])
+            figures = "{:8.2f}   [{:.2f}, {:.2f}]".format(*points[-1])
             each = " ".join(f"{run['success_rate']:.2f}" for run in runs)
-            print(f"{name:24} {demos:>6} {figures}   {each}")
-        middle, below, above = np.transpose(points)
+            print(f"{name:24} {demos:>6} {figures}    {episodes:8d}   {each}")
+        share, low, high = np.transpose(points)
         x = np.arange(len(row)) + 0.04 * i  # side by side, so that no interval hides another
-        axis.errorbar(x, middle, [below, above], marker="o", capsize=4, label=name)
+        axis.errorbar(x, share, [share - low, high - share], marker="o", capsize=4, label=name)
         axis.set_xticks(range(len(row)), list(row))
     axis.set(xlabel="labelled demonstrations a task", ylabel=f"success, {suite}", ylim=(0, 1))
     axis.grid(alpha=0.3)
