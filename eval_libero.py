@@ -89,7 +89,7 @@ def rollout(world, agent, execute):
     """Observe, decide, execute, until the last of a world's episodes has ended. Yields of each,
     when it does, its number, success, steps, and the frames that the policy saw, a list."""
     films = [[] for _ in world.alive]
-    past = np.zeros((len(films), agent.low.chunk, agent.shape["target"] + 1))
+    past = np.zeros((len(films), agent.settings["chunk"], agent.shape["target"] + 1))
     while world.alive.any():
         going = np.flatnonzero(world.alive)
         frames, *others = world.observe(going)
@@ -382,7 +382,7 @@ def evaluate(args, out, name, demos, agent):
         if agent.shape["proprio"] != (3 if toy else 9):
             fail(f"{path} is of other data than --suite {args.suite}")
         source = zlib.crc32(path.read_bytes())
-        execute = min(execute, agent.low.chunk)
+        execute = min(execute, agent.settings["chunk"])
     else:
         files = sorted(Path(args.replay).glob("*_demo.hdf5"))
         source = {file.name: file.stat().st_mtime for file in files}

@@ -23,6 +23,7 @@ import functools
 import math
 import time
 import zlib
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -88,8 +89,7 @@ def load_t5(name):
     try:
         from transformers import AutoTokenizer, T5EncoderModel
 
-        encoder = T5EncoderModel.from_pretrained(name).float().eval()
-        return AutoTokenizer.from_pretrained(name), encoder
+        return AutoTokenizer.from_pretrained(name), T5EncoderModel.from_pretrained(name).float()
     except Exception as error:
         fail(f"--text {name}: no T5, or no `pip install transformers` ({str(error)[:150]!r})")
 
@@ -163,13 +163,13 @@ class ImageEncoder(nn.Module):
 
 
 class Policy(nn.Module):
-    """Images (B, cameras, 3, S, S), a sentence's tokens, skill (B, D), proprio (B, P) -> a chunk of
-    vectors (B, chunk, outside). Without text or with skill 0 it is not told the one or other."""
+    """Images (B, cameras, 3, S, S), a sentence's tokens, skill (B, skill), proprio (B, P) ->
+    (B, outside). One with a skill hears no text unless --low-text says so."""
 
-    def __init__(self, shape, settings, cameras, text, skill, chunk, outside):
+    def __init__(self, shape, settings, cameras, skill, outside):
         super().__init__()
         width = settings["width"]
-        self.chunk = chunk
+        text = settings["low_text"] or not skill
         self.cameras = cameras
         tokens = cameras + 2 + text + (skill > 0)
         self.text = text_encoder(width, settings["text"]) if text else None
@@ -186,7 +186,7 @@ class Policy(nn.Module):
         else:
             layers = [nn.Flatten(), nn.Linear(tokens * width, 4 * width), nn.SiLU()]
             self.mix = nn.Sequential(*layers, nn.Linear(4 * width, width), nn.SiLU())
-        self.head = nn.Linear(width, chunk * outside)
+        self.head = nn.Linear(width, outside)
 
     def forward(self, images, sentence, skill=None, proprio=None):
         images = images[:, : self.cameras]
@@ -202,7 +202,7 @@ class Policy(nn.Module):
         last = torch.stack([body, *others, self.action.expand(b, -1)], dim=1)
         tokens = torch.cat([first[:, None], seen, missing, last], dim=1)
         mixed = self.mix(tokens + self.kind).view(b, -1, tokens.shape[-1])
-        return self.head(mixed[:, -1]).view(b, self.chunk, -1)  # read at ACTION
+        return self.head(mixed[:, -1])  # read at ACTION
 
 
 class Agent(nn.Module):
@@ -212,26 +212,23 @@ class Agent(nn.Module):
     def __init__(self, shape, settings):
         super().__init__()
         self.shape = shape
-        self.t5 = settings["text"]
-        skill, chunk = shape["skill"], settings["chunk"]
-        text = settings["low_text"] or not skill
-        self.high = None
-        if skill:
-            self.high = Policy(shape, settings, shape["high_cameras"], True, 0, 1, skill)
-        self.low = Policy(shape, settings, shape["cameras"], text, skill, chunk, shape["target"])
+        self.settings = settings
+        skill, outside = shape["skill"], settings["chunk"] * shape["target"]
+        self.high = Policy(shape, settings, shape["high_cameras"], 0, skill) if skill else None
+        self.low = Policy(shape, settings, shape["cameras"], skill, outside)
         for name in ("proprio", "target", "skill"):
             self.register_buffer(f"{name}_mean", torch.zeros(shape[name]))
             self.register_buffer(f"{name}_scale", torch.ones(shape[name]))
 
     def predict_skill(self, images, tokens):
         """pi_h(o_t, text): the standardised skill zbar (B, D) of these images; None when flat."""
-        return self.high(images, tokens)[:, 0] if self.high else None
+        return self.high(images, tokens) if self.high else None
 
     def predict(self, images, tokens, skill, proprio=None):
         """pi_l(o_t, skill): a chunk of normalised actions or latents, (B, chunk, target)."""
         if proprio is not None:
             proprio = (proprio - self.proprio_mean) / self.proprio_scale
-        return self.low(images, tokens, skill, proprio)
+        return self.low(images, tokens, skill, proprio).view(len(images), -1, self.shape["target"])
 
     def forward(self, images, tokens, target, mask, proprio=None, true_skill=None):
         """The l1 losses of a batch, a dict. target (B, chunk, D) counts where mask (B, chunk) is
@@ -251,7 +248,7 @@ class Agent(nn.Module):
         perhaps a skill (B, D) in place of pi_h's -> a chunk of actions, an array (B, chunk, A)."""
         device = self.target_mean.device
         images = data.to_images([frames, wrist][: self.shape["cameras"]], device)
-        tokens = torch.stack([tokenize(text, self.t5) for text in texts]).to(device)
+        tokens = torch.stack([tokenize(text, self.settings["text"]) for text in texts]).to(device)
         proprio = torch.from_numpy(proprio).float().to(device)
         if skill is None:
             skill = self.predict_skill(images, tokens)
@@ -262,40 +259,31 @@ class Agent(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------- data
-class Labels:
-    """Some episodes of a packed set with a target (T, D) to predict in chunks, and perhaps arrays
-    true_skill (T, D) and proprio (T, P); the last gap frames of an episode have no target."""
-
-    def __init__(self, dataset, episodes, target, gap=0, cameras=1, t5=None, **arrays):
-        self.dataset, self.cameras = dataset, cameras
-        self.target, self.arrays = target, arrays
-        self.rows = dataset.rows(episodes, gap)
-        self.episode = np.repeat(np.arange(len(dataset.start)), dataset.length)  # of each row
-        self.end = dataset.last + 1 - gap  # where its targets end
-        self.tokens = torch.stack([tokenize(e["text"], t5) for e in dataset.episodes])
-
-    def batch(self, rows, chunk):
-        """The arguments of Agent.forward for these rows, on the CPU."""
-        after = rows[:, None] + np.arange(chunk)  # (B, chunk)
-        batch = {"images": self.dataset.images(rows, self.cameras, "cpu")}
-        batch["tokens"] = self.tokens[self.episode[rows]]
-        batch["target"] = torch.from_numpy(self.target[np.minimum(after, len(self.target) - 1)])
-        batch["mask"] = torch.from_numpy(after < self.end[rows][:, None])
-        for name, array in self.arrays.items():
-            batch[name] = torch.from_numpy(array[rows])
-        return batch
+# Rows of a packed set that have a target (T, D) to predict in chunks: an episode's last gap frames
+# have none. more: {name: array over the set}, true_skill (T, D) or proprio (T, P)
+Labels = namedtuple("Labels", "dataset rows target gap cameras more")
 
 
-def get_batch(labels, count, chunk, rng):
-    """Agent.forward's arguments for count random rows, as many of each set, on the CPU."""
-    share = max(1, count // len(labels))
-    parts = [part.batch(rng.choice(part.rows, share), chunk) for part in labels]
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+def get_batch(labels, count, args, rng, device):
+    """Agent.forward's arguments for count random rows, as many of each set."""
+    parts = []
+    for dataset, rows, target, gap, cameras, more in labels:
+        t = rng.choice(rows, max(1, count // len(labels)))
+        after = t[:, None] + np.arange(args.chunk)  # (B, chunk)
+        episodes = np.searchsorted(dataset.start, t, side="right") - 1
+        texts = [dataset.episodes[e]["text"] for e in episodes]
+        part = {"images": dataset.images(t, cameras, "cpu")}
+        part["tokens"] = torch.stack([tokenize(text, args.text) for text in texts])
+        part["target"] = torch.from_numpy(target[np.minimum(after, len(target) - 1)])
+        part["mask"] = torch.from_numpy(after <= dataset.last[t][:, None] - gap)
+        for name, array in more.items():
+            part[name] = torch.from_numpy(array[t])
+        parts.append(part)
+    return {key: torch.cat([part[key] for part in parts]).to(device) for key in parts[0]}
 
 
 def augment(images, amount):
-    """Images (B, cameras, 3, S, S) under random affine maps by so much, contrast changed by up to a
-    fifth and brightness by up to a tenth."""
+    """Images (B, cameras, 3, S, S) under random affine maps, of random contrast and brightness."""
     if amount:
         flat = images.flatten(0, 1)  # (B cameras, 3, S, S)
         images = warp(flat, flat, amount)[0].view_as(images)
@@ -323,8 +311,7 @@ def labelled_episodes(dataset, demos, tasks):
 
 
 def standardise(arrays, rows):
-    """Arrays (T, D) with mean 0 and deviation 1 over these rows of them all, float32; and what they
-    had, (D,) each."""
+    """Arrays (T, D) of mean 0, deviation 1 over these rows of all; and what they had, (D,) each."""
     used = np.concatenate([array[r] for array, r in zip(arrays, rows, strict=True)])
     mean, deviation = used.mean(0), used.std(0) + 1e-6
     return [((array - mean) / deviation).astype(np.float32) for array in arrays], mean, deviation
@@ -334,40 +321,36 @@ def prepare_pretraining(args, sets, shape):
     """A new agent of shape, and the video with its pseudo-labels."""
     skill, action = VARIANTS[args.variant]
     gap = data.load_checkpoint(Path(args.out, "lam.pt"), "lam")["settings"]["gap"]
-    names = args.video or [d.name for d in sets]
-    video = [d for d in sets if d.name in names]
-    if len(video) < len(set(names)):
-        fail(f"--video {' '.join(names)}: choose from {', '.join(d.name for d in sets)}")
-    episodes = [d.split("train") for d in video]
-    rows = [d.rows(e, gap) for d, e in zip(video, episodes, strict=True)]
+    video = [d for d in sets if not args.video or d.name in args.video]
+    if args.video and len(video) < len(set(args.video)):
+        fail(f"--video {' '.join(args.video)}: choose from {', '.join(d.name for d in sets)}")
+    rows = [d.rows(d.split("train"), gap) for d in video]
     targets, _, _ = standardise([load_rows(d, args.out, action) for d in video], rows)
-    cameras = 1 + all(d.wrist is not None for d in video)  # people's video has one
-    cameras = min(cameras, shape["cameras"])
+    cameras = min(shape["cameras"], 1 + all(d.wrist is not None for d in video))
     shape = shape | {"high_cameras": cameras, "target": targets[0].shape[1]}
-    parts = list(zip(video, episodes, targets, strict=True))
+    parts = zip(video, rows, targets, strict=True)
+    labels = [Labels(*part, gap, cameras, {}) for part in parts]
     if not skill:
-        return Agent(shape, vars(args)), [Labels(*p, gap, cameras, args.text) for p in parts]
+        return Agent(shape, vars(args)), labels
     skills, mean, scale = standardise([load_rows(d, args.out, skill) for d in video], rows)
     agent = Agent(shape | {"skill": len(mean)}, vars(args))
     agent.skill_mean, agent.skill_scale = torch.from_numpy(mean), torch.from_numpy(scale)
-    labels = []
-    for part, true_skill in zip(parts, skills, strict=True):
-        labels.append(Labels(*part, gap, cameras, args.text, true_skill=true_skill))
+    for part, true_skill in zip(labels, skills, strict=True):
+        part.more["true_skill"] = true_skill
     return agent, labels
 
 
 def prepare_finetuning(args, sets, shape, agent):
     """The pretrained agent, or a new one, made ready for real actions, and the demonstrations."""
-    episodes = [labelled_episodes(d, args.demos, args.tasks) for d in sets]
-    rows = [d.rows(e) for d, e in zip(sets, episodes, strict=True)]
+    rows = [d.rows(labelled_episodes(d, args.demos, args.tasks)) for d in sets]
     actions = np.concatenate([d.actions[r] for d, r in zip(sets, rows, strict=True)])
     proprio = np.concatenate([d.proprio[r] for d, r in zip(sets, rows, strict=True)])
     mean = (actions.min(0) + actions.max(0)) / 2
     scale = np.maximum(np.ptp(actions, axis=0) / 2, 1e-3)
     labels = []
-    for d, e in zip(sets, episodes, strict=True):
+    for d, r in zip(sets, rows, strict=True):
         target = ((d.actions - mean) / scale).astype(np.float32)  # in [-1, 1]
-        labels.append(Labels(d, e, target, 0, shape["cameras"], args.text, proprio=d.proprio))
+        labels.append(Labels(d, r, target, 0, shape["cameras"], {"proprio": d.proprio}))
     if agent is None:
         agent = Agent(shape | {"target": len(mean)}, vars(args))
     else:
@@ -386,15 +369,13 @@ def load_agent(out, name, demos, device):
     path = Path(out, f"policy_{name}_{demos}.pt")
     record = data.load_checkpoint(path, "policy_finetune")
     agent = Agent(record["shape"], record["settings"])
-    agent.settings = record["settings"]
     data.load_weights(agent, record, path)
     return agent.to(device).eval()
 
 
 # ----------------------------------------------------------------------------------------- report
 def report(args, name, agent, dataset):
-    """On held-out demonstrations: the first action's l1 error over that of predicting the mean;
-    draws the actions of one of them."""
+    """Measure the first action's l1 error on held-out demonstrations, and draw one of them."""
     agent.eval()
     found = []
     episodes = dataset.split("val")[:20]
@@ -439,12 +420,11 @@ def main():
     shape = {"size": sets[0].frames.shape[1], "cameras": cameras, "high_cameras": cameras}
     shape["proprio"] = labelled[0].proprio.shape[1]
     shape["skill"] = 64 if VARIANTS[args.variant][0] else 0  # pretraining sets the skills' own
-    checksums = [dataset.checksum() for dataset in sets]
     agent, pretrained = None, VARIANTS[args.variant][1] is not None
     for phase in ["pretrain", "finetune"] if pretrained else ["finetune"]:
         torch.manual_seed(args.seed)
         name = run_name(args, phase)
-        settings = vars(args) | {"world": world, "data": checksums}
+        settings = vars(args) | {"world": world, "data": [d.checksum() for d in sets]}
         if phase == "pretrain":
             steps, peak = args.pretrain_steps, args.lr
             agent, labels = prepare_pretraining(args, sets, shape)
@@ -453,7 +433,7 @@ def main():
         else:
             steps, peak = args.steps, (args.finetune_lr if agent else args.lr)
             agent, labels = prepare_finetuning(args, labelled, shape, agent)
-        sample = get_batch(labels, 256, args.chunk, np.random.default_rng(0))
+        sample = get_batch(labels, 256, args, np.random.default_rng(0), device)
         begin_with = [*sample.values(), *agent.state_dict().values()]
         settings["begin_with"] = data.checksum(*[x.cpu().numpy() for x in begin_with])
         agent.to(device)
@@ -473,8 +453,7 @@ def main():
             cosine = 0.525 + 0.475 * math.cos(math.pi * step / steps)  # from 1 to a twentieth
             for group in optimizer.param_groups:
                 group["lr"] = peak * cosine * min(1, (step + 1) / 100)  # after a warm-up
-            batch = get_batch(labels, args.batch * world, args.chunk, rng)
-            batch = {key: x.to(device) for key, x in batch.items()}
+            batch = get_batch(labels, args.batch * world, args, rng, device)
             batch["images"] = augment(batch["images"], args.warp)
             batch = {key: x[rank::world] for key, x in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, args.bf16):

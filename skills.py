@@ -36,8 +36,7 @@ def get_args():
     add = parser.add_argument_group("H-Net").add_argument
     add("--chunk", type=number(float, 1.5), nargs="+", default=[15.0, 3.0], help="N of each stage")
     add("--least", type=COUNT, default=5, help="shortest chunk of stage 1 in frames; H-Net: 1")
-    rules = ["plan", "ahead", "first"]
-    add("--skill", choices=rules, default="plan", help="what a skill tells; HiLAM: first vector")
+    add("--skill", choices=["plan", "ahead", "first"], default="plan", help="the paper: first")
     add("--width", type=WIDTH, default=64, help="of a vector")
     add("--layers", type=COUNT, default=4, help="blocks in an encoder, a decoder; twice at the top")
     add("--rec", type=REAL, default=0.1, help="weight of L_rec; 0: off")
@@ -112,9 +111,8 @@ def ratio_loss(boundary, p, mask, n):
 class Block(nn.Module):
     """Causal transformer block with ALiBi, (B, L, D) -> (B, L, D), at first the identity."""
 
-    def __init__(self, width, heads=4):
+    def __init__(self, width):
         super().__init__()
-        self.heads = heads
         self.norm1 = nn.RMSNorm(width)
         self.norm2 = nn.RMSNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
@@ -125,11 +123,11 @@ class Block(nn.Module):
         nn.init.zeros_(self.down.weight)  # so the router first sees the latents as they are
 
     def forward(self, x):
-        qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, D / heads) each
+        qkv = self.qkv(self.norm1(x)).unflatten(2, (3, 4, -1))  # 4 heads
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, 4, L, D / 4) each
         at = torch.arange(x.shape[1], device=x.device)
         ago = at[:, None] - at  # how far back, negative in the future
-        slope = -(0.5 ** torch.arange(1, self.heads + 1, device=x.device)[:, None, None])
+        slope = -(0.5 ** torch.arange(1, 5, device=x.device)[:, None, None])
         bias = (slope * ago).masked_fill(ago < 0, -torch.inf).to(q.dtype)
         mixed = F.scaled_dot_product_attention(q, k, v, bias[None])
         x = x + self.proj(mixed.transpose(1, 2).flatten(2))
@@ -202,8 +200,7 @@ def frame_rate(routings):
 
 
 def sum_ahead(values, boundary):
-    """The sums of values (T, D) from each frame to its segment's end; and for each frame the one
-    at which the next segment begins, (T,)."""
+    """Sums of values (T, D) from each frame to its segment's end; where the next begins (T,)."""
     begins = np.append(np.flatnonzero(boundary), len(boundary))  # of each segment, and the end
     following = begins[np.cumsum(boundary)]  # that of segment k + 1: k is cumsum - 1
     total = np.pad(np.cumsum(values, 0, np.float64), ((1, 0), (0, 0)))  # row t: all before t
@@ -241,10 +238,9 @@ def load_rows(dataset, out, name):
     script = "lam.py" if name == "latents" else "skills.py"
     try:
         rows = np.load(path)
-        fits = len(rows) == dataset.total and np.isfinite(rows).all()
-    except (OSError, ValueError):
-        fits = False
-    if not fits:
+        if len(rows) != dataset.total or not np.isfinite(rows).all():
+            raise ValueError
+    except (OSError, ValueError, EOFError):
         fail(f"{path} is missing, damaged or of other data: run `python {script}` with this --out")
     if name != "latents":
         record = Path(out, "skills.pt")
@@ -254,8 +250,8 @@ def load_rows(dataset, out, name):
     return rows
 
 
-def get_batch(sets, latents, episodes, gap, args, rng, window=128):
-    """Parts of random episodes: z (B, L, D), mask and rows in the packed sets (B, L), sets (B,)."""
+def get_batch(sets, latents, episodes, gap, args, rng, device, window=128):
+    """Parts of random episodes, set after set: z (B, L, D), mask, rows of packed sets (B, L)."""
     count = max(1, args.batch // len(sets))
     z, mask, rows = [], [], []
     for dataset, latent, choice in zip(sets, latents, episodes, strict=True):
@@ -266,18 +262,18 @@ def get_batch(sets, latents, episodes, gap, args, rng, window=128):
         rows.append(dataset.start[e][:, None] + np.minimum(t, length - 1))
         mask.append(torch.from_numpy(t < length))
         z.append(torch.from_numpy(latent[rows[-1]]))
-    return torch.cat(z), torch.cat(mask), np.concatenate(rows), np.arange(len(sets)).repeat(count)
+    return torch.cat(z).to(device), torch.cat(mask).to(device), np.concatenate(rows)
 
 
-def reconstruction(lam, prediction, mask, rows, source, sets, scale, rng):
+def reconstruction(lam, prediction, mask, rows, sets, scale, rng):
     """L_rec at 16 places: the FROZEN FDM draws I_{t+1+k} with the PREDICTED z_{t+1}; copying: 1."""
     places = rng.permutation(np.argwhere(mask[:, 1:].cpu().numpy()))[:16]  # (16, 2): b, t
-    chosen = source[places[:, 0]]  # the set of each
+    chosen = places[:, 0] * len(sets) // len(mask)  # the set of each: a batch has as many of each
     error, copy = 0.0, 0.0
     for i in np.unique(chosen):
         b, t = places[chosen == i].T
         mean, deviation = scale[i]
-        z = prediction[b, t] * deviation + mean.to(prediction.device)
+        z = prediction[b, t] * deviation + torch.as_tensor(mean, device=prediction.device)
         now = lam.frames(sets[i], rows[b, t + 1], prediction.device)
         future = lam.frames(sets[i], rows[b, t + 1] + lam.gap, prediction.device)
         error = error + F.mse_loss(lam.fdm(now, z), future, reduction="sum")
@@ -288,7 +284,7 @@ def reconstruction(lam, prediction, mask, rows, source, sets, scale, rng):
 # ---------------------------------------------------------------------------------------- figures
 @torch.no_grad()
 def segment(model, dataset, latents, gap, device):
-    """Of a set: boundaries (T, stages), vectors, a list of (T, D), and predictions (T, latent)."""
+    """Of a set: boundaries (T, stages), predictions (T, latent), vectors (T, D) of each stage."""
     parts = []
     groups = np.array_split(np.arange(len(dataset.start)), 1 + len(dataset.start) // 32)
     for group in tqdm(groups, f"skills of {dataset.name}", disable=None):
@@ -304,13 +300,11 @@ def segment(model, dataset, latents, gap, device):
         marks = torch.stack(marks, -1).cpu().numpy()[e, last]
         marks &= (frame == last)[:, None]  # but is no boundary
         parts.append([marks, *(x.cpu().numpy()[e, last] for x in (prediction, *vectors))])
-    boundaries, prediction, *vectors = (np.concatenate(x) for x in zip(*parts, strict=True))
-    return boundaries, vectors, prediction
+    return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
 
 def events(phase):
-    """Frames of true changes in phase (L,), the names as bytes: middles of grasps and releases,
-    starts of others."""
+    """Frames where phase (L,) changes, bytes: middles of grasps and releases, starts of others."""
     starts = np.flatnonzero(np.append(True, phase[1:] != phase[:-1]))
     short = np.isin(phase[starts], [b"grasp", b"release"])
     middles = (starts + np.append(starts[1:], len(phase)) - 1)[short] // 2
@@ -372,46 +366,44 @@ def draw(path, sets, boundaries):
     draw_strip(path, strip, "every second frame; orange: stage 1 cuts, red: stage 2 as well", marks)
 
 
-def report(args, model, sets, latents, gap, device):
+def report(args, model, sets, latents, held_out, gap, device):
     """Write boundaries and skills, measure and print what they are worth, draw."""
     found = [segment(model, d, z, gap, device) for d, z in zip(sets, latents, strict=True)]
-    boundaries, vectors, predictions = zip(*found, strict=True)
-    val = [dataset.rows(dataset.split("val"), gap + 1) for dataset in sets]
-    rated = list(zip(latents, predictions, val, strict=True))
+    boundaries, predictions, *vectors = zip(*found, strict=True)  # of each set
+    rated = list(zip(latents, predictions, held_out, strict=True))
     error = sum(np.abs(z[rows + 1] - guess[rows]).sum() for z, guess, rows in rated)
     copy = sum(np.abs(z[rows + 1] - z[rows]).sum() for z, _, rows in rated)
     figures = {"latent_l1_over_copy": round(float(error / copy), 4), "stages": []}
     print(f"held-out episodes: next latent's l1 error over copying the last: {error / copy:.2f}")
     print(f"boundaries (N {args.chunk}), F1 with true changes; R2 of what a frame's skill tells:")
-    positions = sum(map(len, val))
-    for s in range(len(args.chunk)):
+    kept = sum(b[rows].sum(0) for b, rows in zip(boundaries, held_out, strict=True))  # (stages,)
+    rates = kept / [sum(map(len, held_out)), *kept[:-1]]  # what a stage keeps are the next one's
+    for s, rate in enumerate(rates.tolist()):
         marks = [b[:, s] for b in boundaries]
         even = [uniform_boundaries(b, d.start, d.length) for b, d in zip(marks, sets, strict=True)]
-        kept = sum(int(b[rows].sum()) for b, rows in zip(marks, val, strict=True))
         f1 = boundary_f1(sets, latents, marks, even, gap)
-        row = {"rate": round(kept / positions, 4)} | f1
+        row = {"rate": round(rate, 4)} | f1
         scores = " · ".join(f"{key[3:]} {value:.2f}" for key, value in f1.items()) or "unknown"
-        print(f"  stage {s + 1}: every {positions / kept:.1f} positions, F1 {scores}")
-        for dataset, stages, found_at, uniform_at in zip(sets, vectors, marks, even, strict=True):
+        print(f"  stage {s + 1}: every {1 / rate:.1f} positions, F1 {scores}")
+        for dataset, v, found_at, uniform_at in zip(sets, vectors[s], marks, even, strict=True):
             for kind, cut in (("skills", found_at), ("uniform", uniform_at)):
-                skill = skill_vectors(stages[s], cut, args.skill, dataset.last)
+                skill = skill_vectors(v, cut, args.skill, dataset.last)
                 write(Path(args.out, f"{kind}{s + 1}.{dataset.name}.npy"), skill)
                 if dataset.true_actions is not None:
                     says = row[f"{kind}_says"] = skill_r2(dataset, skill, cut)
                     now, way = (" ".join(f"{x:.2f}" for x in r2) for r2 in says.values())
                     print(f"    {dataset.name} {kind:7} R2: action {now} · way to its end {way}")
         figures["stages"].append(row)
-        positions = kept  # those of the next stage
     for dataset, b in zip(sets, boundaries, strict=True):
         write(Path(args.out, f"boundaries.{dataset.name}.npy"), b)
     write(Path(args.out, "skills.json"), figures)
     draw(Path(args.out, "skills.png"), sets, boundaries)
 
 
-def scale_latents(z, rows):
-    """Latents (T, D) less these rows' mean, over one deviation for all: else nothing is cut."""
-    mean, deviation = z[rows].mean(0), float(z[rows].var(0).mean() ** 0.5) + 1e-6
-    return ((z - mean) / deviation).astype(np.float32), (torch.from_numpy(mean), deviation)
+def latent_scale(dataset, z, gap):
+    """Of latents (T, D) to train on the mean (D,) and one deviation for all numbers."""
+    known = z[dataset.rows(dataset.split("train"), gap)]
+    return known.mean(0), float(known.var(0).mean() ** 0.5) + 1e-6
 
 
 def read_skills(out, video, like, stage, device):
@@ -421,12 +413,11 @@ def read_skills(out, video, like, stage, device):
     record = data.load_checkpoint(path, "skills")
     settings = record["settings"]
     lam = load_lam(out, like, device)
-    known = like.rows(like.split("train"), lam.gap)
-    _, (mean, deviation) = scale_latents(load_rows(like, out, "latents"), known)
-    z = (encode(lam, video, device) - mean.numpy()) / np.float32(deviation)
+    mean, deviation = latent_scale(like, load_rows(like, out, "latents"), lam.gap)
+    z = (encode(lam, video, device) - mean) / deviation
     model = HNet(settings, z.shape[1], lam.gap)
     data.load_weights(model, record, path)
-    boundaries, vectors, _ = segment(model.to(device), video, z, lam.gap, device)
+    boundaries, _, *vectors = segment(model.to(device), video, z, lam.gap, device)
     s = int(stage.removeprefix("skills")) - 1
     return skill_vectors(vectors[s], boundaries[:, s], settings["skill"], video.last)
 
@@ -440,8 +431,8 @@ def main():
     sets = data.open_sets(args.data)
     raw = [load_rows(dataset, args.out, "latents") for dataset in sets]
     lam = load_lam(args.out, sets[0], device).requires_grad_(False)  # frozen
-    used = [dataset.rows(dataset.split("train"), lam.gap) for dataset in sets]
-    latents, scale = zip(*map(scale_latents, raw, used), strict=True)
+    scale = [latent_scale(dataset, z, lam.gap) for dataset, z in zip(sets, raw, strict=True)]
+    latents = [(z - mean) / deviation for z, (mean, deviation) in zip(raw, scale, strict=True)]
     episodes = [[e for e in d.split("train") if d.length[e] > lam.gap + 1] for d in sets]
     held_out = [dataset.rows(dataset.split("val"), lam.gap + 1) for dataset in sets]
     if min(map(len, episodes + held_out)) == 0:
@@ -464,13 +455,12 @@ def main():
         cosine = 0.525 + 0.475 * math.cos(math.pi * step / args.steps)  # from 1 to a twentieth
         for group in optimizer.param_groups:
             group["lr"] = group["share"] * args.lr * cosine * min(1, (step + 1) / 100)
-        z, mask, rows, source = get_batch(sets, latents, episodes, lam.gap, args, rng)
-        z, mask = z.to(device), mask.to(device)
+        z, mask, rows = get_batch(sets, latents, episodes, lam.gap, args, rng, device)
         prediction, routings = model(z, mask)
         loss = (prediction[:, :-1] - z[:, 1:]).abs()[mask[:, 1:]].mean()  # L_latent, l1
         row = {"step": step + 1, "L_latent": loss.item()}
         if args.rec:
-            l_rec = reconstruction(lam, prediction, mask, rows, source, sets, scale, rng)
+            l_rec = reconstruction(lam, prediction, mask, rows, sets, scale, rng)
             loss = loss + args.rec * l_rec
             row["L_rec"] = l_rec.item()
         for s, (routing, n) in enumerate(zip(routings, args.chunk, strict=True), 1):
@@ -489,7 +479,7 @@ def main():
             record |= {"steps": args.steps, "log": log, "model": model.state_dict()}
             write(path, record | {"optimizer": optimizer.state_dict()})
             seen = []
-    report(args, model, sets, latents, lam.gap, device)
+    report(args, model, sets, latents, held_out, lam.gap, device)
 
 
 if __name__ == "__main__":

@@ -246,9 +246,8 @@ def test_reconstruction_compares_the_frame_drawn_with_the_predicted_latent(datas
     model = randomised(lam.LAM(LAM, 16))
     rows, mask = np.arange(6, 12)[None], masked([3], 6)
     z, scale = noise(1, 6, 4).requires_grad_(), [(torch.full((4,), 0.5), 2.0)]
-    rng, source = np.random.default_rng(0), np.zeros(1, int)
 
-    loss = skills.reconstruction(model, z, mask, rows, source, [dataset], scale, rng)
+    loss = skills.reconstruction(model, z, mask, rows, [dataset], scale, np.random.default_rng(0))
 
     loss.backward()
     now, true = (model.frames(dataset, rows[0, 1:3] + gap, "cpu") for gap in (0, 4))
@@ -264,7 +263,7 @@ def test_skills_at_frame_rate_equal_the_loop_over_each_episode_alone(stages, gap
     dataset = SimpleNamespace(name="set", start=np.array([0, 30]), length=np.array([30, 17]))
     z = noise(47, 5)
 
-    boundaries, vectors, predictions = skills.segment(model, dataset, z.numpy(), gap, "cpu")
+    boundaries, predictions, *vectors = skills.segment(model, dataset, z.numpy(), gap, "cpu")
 
     for rows, length in ((slice(0, 30), 30), (slice(30, 47), 17)):
         known = length - gap
@@ -377,12 +376,13 @@ def test_probe_reads_the_action_from_true_motion_and_nothing_from_chance(trained
 
 # ----------------------------------------------------------------------------------------- policy
 def test_targets_of_a_chunk_are_the_next_rows_that_have_one_in_the_episode(dataset):
-    labels = policy.Labels(dataset, [0, 1], np.array(dataset.actions), gap=1)
+    actions, args = np.array(dataset.actions), SimpleNamespace(chunk=4, text=None)
+    labels = policy.Labels(dataset, [0, 3, 4, 13], actions, gap=1, cameras=1, more={})
 
-    batch = labels.batch(np.array([0, 3, 4, 13]), 4)
+    batch = policy.get_batch([labels], 50, args, np.random.default_rng(0), "cpu")
 
-    rows = [target[:, 0][mask] for target, mask in zip(batch["target"], batch["mask"], strict=True)]
-    assert [row.tolist() for row in rows] == [[0, 1, 2, 3], [3, 4], [4], [13]]
+    pairs = zip(batch["target"][:, :, 0], batch["mask"], strict=True)
+    assert {tuple(t[m].tolist()) for t, m in pairs} == {(0, 1, 2, 3), (3, 4), (4,), (13,)}
 
 
 def test_what_lies_past_the_episodes_end_is_not_learned():
@@ -871,7 +871,7 @@ def test_libero_observations_are_those_of_the_official_loop(libero):
         seen.append((frames, *others, actions[0]))
         return actions
 
-    told = SimpleNamespace(low=acting.low, shape=acting.shape, act=remember)
+    told = SimpleNamespace(settings=POLICY, shape=acting.shape, act=remember)
 
     outcomes = [eval_libero.play(scene, episode, told, 4) for episode in (0, 1)]
 
