@@ -371,9 +371,8 @@ def file_name(args, *words):
     return "_".join(["eval", args.suite, *map(str, words), *filter(None, how)])
 
 
-def evaluate(args, out, name, demos, agent):
+def evaluate(args, device, out, name, demos, agent):
     """Roll out a policy (None: a replay) in the episodes that its log lacks; returns a report."""
-    device, _, _ = data.start(args.device)
     toy = args.suite == "toy"
     stem = file_name(args, name, demos) if agent else file_name(args)
     execute = args.execute or (1 if toy else 8)
@@ -457,6 +456,7 @@ def summarise(reports, suite, path):
 
 def main():
     args = get_args()
+    device, _, _ = data.start(args.device)
     for key in ("variant", "demos", "out", "tasks"):  # what is named twice is no second evidence
         setattr(args, key, list({str(x): x for x in getattr(args, key) or []}.values()))
     if args.replay:
@@ -474,7 +474,7 @@ def main():
             if args.episodes > 50:
                 fail(f"--episodes {args.episodes}: LIBERO has 50 initial states a task")
             prepare_libero(folder)
-        reports = [evaluate(args, *run) for run in runs]
+        reports = [evaluate(args, device, *run) for run in runs]
     summarise(reports, args.suite, Path(args.out[0], f"{file_name(args)}.png"))
 
 

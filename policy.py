@@ -260,20 +260,24 @@ class Agent(nn.Module):
 
 # ------------------------------------------------------------------------------------------- data
 # Rows of a packed set that have a target (T, D) to predict in chunks: an episode's last gap frames
-# have none. more: {name: array over the set}, true_skill (T, D) or proprio (T, P)
-Labels = namedtuple("Labels", "dataset rows target gap cameras more")
+# have none. tokens: of each episode's sentence; more: {name: array over the set}, true_skill (T, D)
+# or proprio (T, P)
+Labels = namedtuple("Labels", "dataset tokens rows target gap cameras more")
 
 
-def get_batch(labels, count, args, rng, device):
+def read_texts(dataset, t5):
+    """The sentences of all episodes for the policy, (E, 64), or with a T5 (E, D)."""
+    return torch.stack([tokenize(episode["text"], t5) for episode in dataset.episodes])
+
+
+def get_batch(labels, count, chunk, rng, device):
     """Agent.forward's arguments for count random rows, as many of each set."""
     parts = []
-    for dataset, rows, target, gap, cameras, more in labels:
+    for dataset, tokens, rows, target, gap, cameras, more in labels:
         t = rng.choice(rows, max(1, count // len(labels)))
-        after = t[:, None] + np.arange(args.chunk)  # (B, chunk)
+        after = t[:, None] + np.arange(chunk)  # (B, chunk)
         episodes = np.searchsorted(dataset.start, t, side="right") - 1
-        texts = [dataset.episodes[e]["text"] for e in episodes]
-        part = {"images": dataset.images(t, cameras, "cpu")}
-        part["tokens"] = torch.stack([tokenize(text, args.text) for text in texts])
+        part = {"images": dataset.images(t, cameras, "cpu"), "tokens": tokens[episodes]}
         part["target"] = torch.from_numpy(target[np.minimum(after, len(target) - 1)])
         part["mask"] = torch.from_numpy(after <= dataset.last[t][:, None] - gap)
         for name, array in more.items():
@@ -328,7 +332,7 @@ def prepare_pretraining(args, sets, shape):
     targets, _, _ = standardise([load_rows(d, args.out, action) for d in video], rows)
     cameras = min(shape["cameras"], 1 + all(d.wrist is not None for d in video))
     shape = shape | {"high_cameras": cameras, "target": targets[0].shape[1]}
-    parts = zip(video, rows, targets, strict=True)
+    parts = zip(video, [read_texts(d, args.text) for d in video], rows, targets, strict=True)
     labels = [Labels(*part, gap, cameras, {}) for part in parts]
     if not skill:
         return Agent(shape, vars(args)), labels
@@ -350,7 +354,8 @@ def prepare_finetuning(args, sets, shape, agent):
     labels = []
     for d, r in zip(sets, rows, strict=True):
         target = ((d.actions - mean) / scale).astype(np.float32)  # in [-1, 1]
-        labels.append(Labels(d, r, target, 0, shape["cameras"], {"proprio": d.proprio}))
+        tokens, more = read_texts(d, args.text), {"proprio": d.proprio}
+        labels.append(Labels(d, tokens, r, target, 0, shape["cameras"], more))
     if agent is None:
         agent = Agent(shape | {"target": len(mean)}, vars(args))
     else:
@@ -420,11 +425,12 @@ def main():
     shape = {"size": sets[0].frames.shape[1], "cameras": cameras, "high_cameras": cameras}
     shape["proprio"] = labelled[0].proprio.shape[1]
     shape["skill"] = 64 if VARIANTS[args.variant][0] else 0  # pretraining sets the skills' own
+    checksums = [dataset.checksum() for dataset in sets]
     agent, pretrained = None, VARIANTS[args.variant][1] is not None
     for phase in ["pretrain", "finetune"] if pretrained else ["finetune"]:
         torch.manual_seed(args.seed)
         name = run_name(args, phase)
-        settings = vars(args) | {"world": world, "data": [d.checksum() for d in sets]}
+        settings = vars(args) | {"world": world, "data": checksums}
         if phase == "pretrain":
             steps, peak = args.pretrain_steps, args.lr
             agent, labels = prepare_pretraining(args, sets, shape)
@@ -433,7 +439,7 @@ def main():
         else:
             steps, peak = args.steps, (args.finetune_lr if agent else args.lr)
             agent, labels = prepare_finetuning(args, labelled, shape, agent)
-        sample = get_batch(labels, 256, args, np.random.default_rng(0), device)
+        sample = get_batch(labels, 256, args.chunk, np.random.default_rng(0), device)
         begin_with = [*sample.values(), *agent.state_dict().values()]
         settings["begin_with"] = data.checksum(*[x.cpu().numpy() for x in begin_with])
         agent.to(device)
@@ -453,7 +459,7 @@ def main():
             cosine = 0.525 + 0.475 * math.cos(math.pi * step / steps)  # from 1 to a twentieth
             for group in optimizer.param_groups:
                 group["lr"] = peak * cosine * min(1, (step + 1) / 100)  # after a warm-up
-            batch = get_batch(labels, args.batch * world, args, rng, device)
+            batch = get_batch(labels, args.batch * world, args.chunk, rng, device)
             batch["images"] = augment(batch["images"], args.warp)
             batch = {key: x[rank::world] for key, x in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, args.bf16):

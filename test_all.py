@@ -385,10 +385,10 @@ def test_probe_reads_the_action_from_true_motion_and_nothing_from_chance(trained
 
 # ----------------------------------------------------------------------------------------- policy
 def test_targets_of_a_chunk_are_the_next_rows_that_have_one_in_the_episode(dataset):
-    actions, args = np.array(dataset.actions), SimpleNamespace(chunk=4, text=None)
-    labels = policy.Labels(dataset, [0, 3, 4, 13], actions, gap=1, cameras=1, more={})
+    actions, tokens = np.array(dataset.actions), policy.read_texts(dataset, None)
+    labels = policy.Labels(dataset, tokens, [0, 3, 4, 13], actions, gap=1, cameras=1, more={})
 
-    batch = policy.get_batch([labels], 50, args, np.random.default_rng(0), "cpu")
+    batch = policy.get_batch([labels], 50, 4, np.random.default_rng(0), "cpu")
 
     pairs = zip(batch["target"][:, :, 0], batch["mask"], strict=True)
     assert {tuple(t[m].tolist()) for t, m in pairs} == {(0, 1, 2, 3), (3, 4), (4,), (13,)}
