@@ -217,8 +217,12 @@ class Agent(nn.Module):
         self.high = Policy(shape, settings, shape["high_cameras"], 0, skill) if skill else None
         self.low = Policy(shape, settings, shape["cameras"], skill, outside)
         for name in ("proprio", "target", "skill"):
-            self.register_buffer(f"{name}_mean", torch.zeros(shape[name]))
-            self.register_buffer(f"{name}_scale", torch.ones(shape[name]))
+            self.set_scale(name, np.zeros(shape[name]), np.ones(shape[name]))
+
+    def set_scale(self, name, mean, scale):
+        """The networks see a proprio, target or skill x as (x - mean) / scale, (D,) each."""
+        self.register_buffer(f"{name}_mean", torch.from_numpy(mean).float())
+        self.register_buffer(f"{name}_scale", torch.from_numpy(scale).float())
 
     def predict_skill(self, images, tokens):
         """pi_h(o_t, text): the standardised skill zbar (B, D) of these images; None when flat."""
@@ -234,8 +238,10 @@ class Agent(nn.Module):
         """The l1 losses of a batch, a dict. target (B, chunk, D) counts where mask (B, chunk) is
         True; proprio is given in fine-tuning only, true_skill (B, D) in pretraining only."""
         losses = {}
+        target = (target - self.target_mean) / self.target_scale
         skill = self.predict_skill(images, tokens)
         if true_skill is not None:
+            true_skill = (true_skill - self.skill_mean) / self.skill_scale
             losses["skill"] = (skill - true_skill).abs().mean()
             skill = skill.detach()  # each level learns from its own labels
         error = (self.predict(images, tokens, skill, proprio) - target).abs().mean(-1)
@@ -259,10 +265,10 @@ class Agent(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------- data
-# Rows of a packed set that have a target (T, D) to predict in chunks: an episode's last gap frames
-# have none. tokens: of each episode's sentence; more: {name: array over the set}, true_skill (T, D)
-# or proprio (T, P)
-Labels = namedtuple("Labels", "dataset tokens rows target gap cameras more")
+# Rows of a packed set to learn from, whose arrays {name: (T, D)} are the target, to be predicted in
+# chunks, and true_skill or proprio; gap: an episode's last frames that have no target; tokens: of
+# each episode's sentence
+Labels = namedtuple("Labels", "dataset tokens rows gap cameras arrays")
 
 
 def read_texts(dataset, t5):
@@ -273,15 +279,15 @@ def read_texts(dataset, t5):
 def get_batch(labels, count, chunk, rng, device):
     """Agent.forward's arguments for count random rows, as many of each set."""
     parts = []
-    for dataset, tokens, rows, target, gap, cameras, more in labels:
+    for dataset, tokens, rows, gap, cameras, arrays in labels:
         t = rng.choice(rows, max(1, count // len(labels)))
         after = t[:, None] + np.arange(chunk)  # (B, chunk)
         episodes = np.searchsorted(dataset.start, t, side="right") - 1
         part = {"images": dataset.images(t, cameras, "cpu"), "tokens": tokens[episodes]}
-        part["target"] = torch.from_numpy(target[np.minimum(after, len(target) - 1)])
         part["mask"] = torch.from_numpy(after <= dataset.last[t][:, None] - gap)
-        for name, array in more.items():
-            part[name] = torch.from_numpy(array[t])
+        for name, array in arrays.items():
+            at = np.minimum(after, dataset.total - 1) if name == "target" else t
+            part[name] = torch.from_numpy(array[at])
         parts.append(part)
     return {key: torch.cat([part[key] for part in parts]).to(device) for key in parts[0]}
 
@@ -314,11 +320,9 @@ def labelled_episodes(dataset, demos, tasks):
     return np.sort(np.concatenate(chosen))
 
 
-def standardise(arrays, rows):
-    """Arrays (T, D) of mean 0, deviation 1 over these rows of all; and what they had, (D,) each."""
-    used = np.concatenate([array[r] for array, r in zip(arrays, rows, strict=True)])
-    mean, deviation = used.mean(0), used.std(0) + 1e-6
-    return [((array - mean) / deviation).astype(np.float32) for array in arrays], mean, deviation
+def join(labels, name):
+    """The rows to learn from of an array, of all sets, (N, D)."""
+    return np.concatenate([part.arrays[name][part.rows] for part in labels])
 
 
 def prepare_pretraining(args, sets, shape):
@@ -328,44 +332,40 @@ def prepare_pretraining(args, sets, shape):
     video = [d for d in sets if not args.video or d.name in args.video]
     if args.video and len(video) < len(set(args.video)):
         fail(f"--video {' '.join(args.video)}: choose from {', '.join(d.name for d in sets)}")
-    rows = [d.rows(d.split("train"), gap) for d in video]
-    targets, _, _ = standardise([load_rows(d, args.out, action) for d in video], rows)
     cameras = min(shape["cameras"], 1 + all(d.wrist is not None for d in video))
-    shape = shape | {"high_cameras": cameras, "target": targets[0].shape[1]}
-    parts = zip(video, [read_texts(d, args.text) for d in video], rows, targets, strict=True)
-    labels = [Labels(*part, gap, cameras, {}) for part in parts]
-    if not skill:
-        return Agent(shape, vars(args)), labels
-    skills, mean, scale = standardise([load_rows(d, args.out, skill) for d in video], rows)
-    agent = Agent(shape | {"skill": len(mean)}, vars(args))
-    agent.skill_mean, agent.skill_scale = torch.from_numpy(mean), torch.from_numpy(scale)
-    for part, true_skill in zip(labels, skills, strict=True):
-        part.more["true_skill"] = true_skill
+    labels = []
+    for d in video:
+        arrays = {"target": load_rows(d, args.out, action)}
+        if skill:
+            arrays["true_skill"] = load_rows(d, args.out, skill)
+        rows = d.rows(d.split("train"), gap)
+        labels.append(Labels(d, read_texts(d, args.text), rows, gap, cameras, arrays))
+    known = {name.removeprefix("true_"): join(labels, name) for name in labels[0].arrays}
+    widths = {name: array.shape[1] for name, array in known.items()}
+    agent = Agent(shape | widths | {"high_cameras": cameras}, vars(args))
+    for name, array in known.items():
+        agent.set_scale(name, array.mean(0), array.std(0) + 1e-6)
     return agent, labels
 
 
 def prepare_finetuning(args, sets, shape, agent):
     """The pretrained agent, or a new one, made ready for real actions, and the demonstrations."""
-    rows = [d.rows(labelled_episodes(d, args.demos, args.tasks)) for d in sets]
-    actions = np.concatenate([d.actions[r] for d, r in zip(sets, rows, strict=True)])
-    proprio = np.concatenate([d.proprio[r] for d, r in zip(sets, rows, strict=True)])
-    mean = (actions.min(0) + actions.max(0)) / 2
-    scale = np.maximum(np.ptp(actions, axis=0) / 2, 1e-3)
     labels = []
-    for d, r in zip(sets, rows, strict=True):
-        target = ((d.actions - mean) / scale).astype(np.float32)  # in [-1, 1]
-        tokens, more = read_texts(d, args.text), {"proprio": d.proprio}
-        labels.append(Labels(d, tokens, r, target, 0, shape["cameras"], more))
+    for d in sets:
+        rows = d.rows(labelled_episodes(d, args.demos, args.tasks))
+        arrays = {"target": d.actions, "proprio": d.proprio}
+        labels.append(Labels(d, read_texts(d, args.text), rows, 0, shape["cameras"], arrays))
+    actions, proprio = join(labels, "target"), join(labels, "proprio")
     if agent is None:
-        agent = Agent(shape | {"target": len(mean)}, vars(args))
+        agent = Agent(shape | {"target": actions.shape[1]}, vars(args))
     else:
-        agent.shape["target"] = len(mean)
-        agent.low.head = nn.Linear(args.width, args.chunk * len(mean))  # a new one
+        agent.shape["target"] = actions.shape[1]
+        agent.low.head = nn.Linear(args.width, args.chunk * actions.shape[1])  # a new one
         if agent.high:
             agent.high.requires_grad_(False)  # pi_h is frozen
-    agent.proprio_mean = torch.from_numpy(proprio.mean(0))
-    agent.proprio_scale = torch.from_numpy(proprio.std(0) + 1e-3)
-    agent.target_mean, agent.target_scale = torch.from_numpy(mean), torch.from_numpy(scale)
+    agent.set_scale("proprio", proprio.mean(0), proprio.std(0) + 1e-3)
+    low, high = actions.min(0), actions.max(0)  # become -1 and 1
+    agent.set_scale("target", (low + high) / 2, np.maximum((high - low) / 2, 1e-3))
     return agent, labels
 
 
