@@ -124,15 +124,15 @@ def write(path, content):
 
 def claim(path, wait=False):
     """Lock path for this process; where another one has it, wait or exit. Returns the lock."""
-    lock = FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True)
     try:
+        lock = FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=wait)
         Path(lock.lock_file).write_text(str(os.getpid()))
     except Timeout:
         holder = Path(lock.lock_file).read_text()
         fail(f"process {holder} is writing {path}: wait for it, or choose another --out")
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: path has no name
         fail(f"{path} cannot be written ({error})")
     atexit.register(lock.release)  # holds on to the lock, which would end with its last reference
     return lock
@@ -170,6 +170,11 @@ def checksum(*arrays):
     return zlib.crc32(b"".join(parts))
 
 
+def file_checksum(path):
+    """Checksum of a file, 0 where there is none."""
+    return zlib.crc32(path.read_bytes()) if path.exists() else 0
+
+
 def load_checkpoint(path, stage, finished=True):
     """A stage's checkpoint, a dict; exits when it is missing, damaged, another's or unfinished."""
     again = f"run `python {stage.split('_')[0]}.py` with the same --out"
@@ -193,20 +198,23 @@ def load_weights(model, record, path):
         fail(f"{path} holds a model of another shape: {error}")
 
 
-def resume(path, stage, settings, model, optimizer):
+def resume(path, stage, settings, model, optimizer, made):
     """Load model and optimizer from the checkpoint at path; returns its step and log, or 0 and [].
-    Exits when settings, what decides the result, have changed, or another process writes path."""
+    Exits when settings, what decides the result, have changed, or another process writes path.
+    made: a pattern of the files made after training; those of an earlier one are deleted."""
     record = {"step": 0, "steps": 1, "log": []}
     if path.exists():
         record = load_checkpoint(path, stage, finished=False)
-        for key in sorted(set(settings) - {"out", "device", "log_every"}):
-            old, new = record["settings"].get(key), settings[key]
-            if old != new:
+        for key, new in settings.items():
+            old = record["settings"].get(key)
+            if old != new and key not in ("out", "device", "log_every"):
                 fail(f"{path} was trained with {key} {old}, not {new}: choose another --out")
         load_weights(model, record, path)
         optimizer.load_state_dict(record["optimizer"])
     if record["step"] < record["steps"] and int(os.environ.get("RANK", 0)) == 0:
         claim(path)
+        for old in path.parent.glob(made):
+            old.unlink()
     return record["step"], record["log"]
 
 
@@ -247,9 +255,10 @@ class Packed:
         return np.memmap(file, dtype, "r", shape=shape)
 
     def checksum(self):
-        """Of all that training may depend on: arrays, and texts, splits and lengths of episodes."""
+        """Of what stages 1 and 2 depend on: arrays, and lengths and splits of episodes."""
         known = [self.open(key) for key in self.arrays if not key.startswith("truth")]
-        return zlib.crc32(json.dumps(self.episodes).encode(), checksum(*known))
+        parts = [(episode["length"], episode["split"]) for episode in self.episodes]
+        return zlib.crc32(json.dumps(parts).encode(), checksum(*known))
 
     def split(self, name):
         """Numbers of the episodes of a split, train or val; where no episode is held out, all."""
@@ -295,6 +304,22 @@ def open_sets(paths):
     return sets
 
 
+def check_array(key, value, frames, where):
+    """Exit unless an episode's array is what the stages expect beside its frames."""
+    if key in ("frames", "wrist"):
+        shape = (*frames.shape[:2], *frames.shape[1:2], 3)
+        right = value.shape == shape and value.dtype == np.uint8
+    elif key in ("proprio", "actions"):
+        right = value.shape[:-1] == frames.shape[:1] and value.dtype == np.float32
+    else:
+        right = len(value) == len(frames)
+    if not right or not len(frames):
+        expected = "images uint8 (T, S, S, 3), proprio and actions float32 (T, D)"
+        fail(f"{where}: {key} {value.dtype} {value.shape} beside {len(frames)} frames: {expected}")
+    if value.dtype.kind == "f" and not np.isfinite(value).all():
+        fail(f"{where}: {key} hold NaN or infinity")
+
+
 def pack(out, episodes, total=None, upside_down=False, skipped=()):
     """Pack episodes, total times (text, task, split, {name: array over its frames}), into a folder;
     exits when arrays do not fit each other, or hold NaN. skipped is written to OUT/skipped.txt."""
@@ -307,17 +332,18 @@ def pack(out, episodes, total=None, upside_down=False, skipped=()):
         rmtree(part, ignore_errors=True)  # left by a packing that was killed
         part.mkdir()
         for text, task, split, episode in tqdm(episodes, str(out), total, disable=None):
-            length = len(episode["frames"])
+            where = f"{task}, episode {len(records)}"
+            kinds = {}
             for key, value in episode.items():
-                kind = {"dtype": value.dtype.str, "shape": list(value.shape[1:])}
-                where = f"{task}, episode {len(records)}: {key} {value.shape}"
-                if len(value) != length or arrays.setdefault(key, kind) != kind:
-                    fail(f"{where} beside {length} frames, or unlike other episodes")
-                if value.dtype.kind == "f" and not np.isfinite(value).all():
-                    fail(f"{where} holds NaN or infinity")
+                check_array(key, value, episode["frames"], where)
+                kinds[key] = {"dtype": value.dtype.str, "shape": list(value.shape[1:])}
                 with open(part / f"{key}.bin", "ab") as file:
                     file.write(value.tobytes())
-            records.append({"length": length, "text": text, "task": task, "split": split})
+            arrays = arrays or kinds
+            if kinds != arrays or split not in ("train", "val"):
+                fail(f"{where}, of split {split}: {kinds} are not as before: {arrays}")
+            record = {"length": len(episode["frames"]), "text": text or "", "split": split}
+            records.append(record | {"task": str(task)})
         if not records:
             fail(f"{out}: nothing could be read: {'; '.join(skipped)}")
         if skipped:
@@ -562,14 +588,15 @@ def read_captions(path, names):
     rows, in CSV or JSON, with columns id (or file) and label (or text)."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        if path.endswith(".json"):
+        if path.lower().endswith(".json"):
             rows = json.loads(text)
         else:
             separator = max(",;\t", key=text.split("\n")[0].count)
             rows = list(csv.DictReader(text.splitlines(keepends=True), delimiter=separator))
         if isinstance(rows, list):
             rows = {row.get("file") or row["id"]: row.get("text") or row["label"] for row in rows}
-        found = {VIDEO.sub("", str(key)): str(caption) for key, caption in rows.items()}
+        rows = {key: caption for key, caption in rows.items() if isinstance(caption, str)}
+        found = {VIDEO.sub("", str(key)): caption for key, caption in rows.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         fail(f"{path}: no captions with columns id and label ({type(error).__name__} {error})")
     captions = [found.get(name, found.get(Path(name).name, "")) for name in names]
@@ -615,7 +642,7 @@ def read_clip(path, args):
 
 def video_episodes(args, skipped):
     """Episodes of video files and image folders, named by path; problems are added to skipped."""
-    found = sorted(Path(args.src).rglob("*"), key=natural)
+    found = [Path(args.src), *sorted(Path(args.src).rglob("*"), key=natural)]
     folders = {path.parent for path in found if IMAGE.search(path.name)}
     files = [path for path in found if VIDEO.search(path.name) or path in folders]
     if not files:
@@ -631,7 +658,8 @@ def video_episodes(args, skipped):
                 if problem:
                     skipped.append(f"{names[i]}: {problem}")
                 if len(frames) > 1:
-                    split = "val" if args.val and i % round(1 / args.val) == 0 else "train"
+                    held_out = math.ceil((i + 1) * args.val) > math.ceil(i * args.val)
+                    split = "val" if held_out else "train"
                     yield captions[i], names[i], split, {"frames": np.stack(frames)}
     rates -= {0}  # of images, of what could not be opened
     if len(rates) > 1 and not args.fps:

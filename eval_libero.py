@@ -21,7 +21,6 @@ import multiprocessing
 import os
 import signal
 import tempfile
-import zlib
 from contextlib import suppress
 from ctypes.util import find_library
 from importlib.metadata import version
@@ -378,9 +377,12 @@ def evaluate(args, device, out, name, demos, agent):
     execute = args.execute or (1 if toy else 8)
     if agent:
         path = Path(out, f"policy_{name}_{demos}.pt")
-        if agent.shape["proprio"] != (3 if toy else 9):
+        shape = {"size": data.TOY_SIZE, "proprio": 3, "target": 3}
+        if not toy:
+            shape = {"proprio": 9, "target": 7}
+        if not shape.items() <= agent.shape.items():
             fail(f"{path} is of other data than --suite {args.suite}")
-        source = zlib.crc32(path.read_bytes())
+        source = data.file_checksum(path)
         execute = min(execute, agent.settings["chunk"])
     else:
         files = sorted(Path(args.replay).glob("*_demo.hdf5"))
@@ -388,8 +390,9 @@ def evaluate(args, device, out, name, demos, agent):
     settings = {"suite": args.suite, "policy": source, "execute": execute, "limit": args.max_steps}
     settings |= {key: getattr(args, key) for key in ("seed", "clear", "replay", "prompt")}
     if args.prompt:
-        made_by = [Path(out, stage).read_bytes() for stage in ("lam.pt", "skills.pt")]
-        settings["prompt_by"] = [zlib.crc32(content) for content in made_by]
+        found = [data.file_checksum(Path(out, stage)) for stage in ("lam.pt", "skills.pt")]
+        if found != agent.settings["made_by"]:
+            fail(f"{out}: lam.pt and skills.pt are not those whose skills {path} has learned")
     if not toy:
         settings |= {name: version(name) for name in ("libero", "robosuite", "mujoco")}
         settings["renderer"] = os.environ["MUJOCO_GL"]
@@ -457,7 +460,9 @@ def summarise(reports, suite, path):
 def main():
     args = get_args()
     device, _, _ = data.start(args.device)
-    for key in ("variant", "demos", "out", "tasks"):  # what is named twice is no second evidence
+    # what is named twice is no second evidence
+    args.out = list({Path(out).resolve(): out for out in args.out}.values())
+    for key in ("variant", "demos", "tasks"):
         setattr(args, key, list({str(x): x for x in getattr(args, key) or []}.values()))
     if args.replay:
         if args.suite == "toy" or not list(Path(args.replay).glob("*_demo.hdf5")):
@@ -466,7 +471,7 @@ def main():
     else:  # all policies are there before the first one starts
         runs = [(o, name, d) for o in args.out for d in args.demos for name in args.variant]
         runs = [(*run, load_agent(*run, "cpu")) for run in runs]
-        led = all(None not in VARIANTS[agent.settings["variant"]] for *_, agent in runs)
+        led = all("made_by" in agent.settings for *_, agent in runs)
         if args.prompt and (args.suite != "toy" or not led):
             fail("--prompt: for the toy world, and policies that were pretrained to follow skills")
     with tempfile.TemporaryDirectory() as folder:

@@ -355,7 +355,7 @@ def main():
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)
     settings = vars(args) | {"world": world, "data": [d.checksum() for d in sets]}
     path = Path(args.out, "lam.pt")
-    first, log = data.resume(path, "lam", settings, model, optimizer)
+    first, log = data.resume(path, "lam", settings, model, optimizer, "latents.*.npy")
     if args.compile:
         model.compile()
     wrapped = nn.parallel.DistributedDataParallel(model) if world > 1 else model

@@ -79,7 +79,9 @@ def get_args():
     add("--finetune-lr", type=number(float, 1e-9), default=3e-4, help="the same, after pretraining")
     add("--bf16", action="store_true", help="compute in bfloat16 where it is safe: for GPUs")
     add("--compile", action="store_true", help="torch.compile the networks: for GPUs")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.tasks, args.video = sorted(set(args.tasks or [])), sorted(set(args.video or []))
+    return args
 
 
 # ------------------------------------------------------------------------------------------- text
@@ -330,7 +332,7 @@ def prepare_pretraining(args, sets, shape):
     skill, action = VARIANTS[args.variant]
     gap = data.load_checkpoint(Path(args.out, "lam.pt"), "lam")["settings"]["gap"]
     video = [d for d in sets if not args.video or d.name in args.video]
-    if args.video and len(video) < len(set(args.video)):
+    if args.video and len(video) < len(args.video):
         fail(f"--video {' '.join(args.video)}: choose from {', '.join(d.name for d in sets)}")
     cameras = min(shape["cameras"], 1 + all(d.wrist is not None for d in video))
     labels = []
@@ -406,7 +408,7 @@ def report(args, name, agent, dataset):
 
 def run_name(args, phase):
     """The name of a phase's files. Several fine-tunings share a pretraining."""
-    parts = [*sorted(args.video or []), *["lowtext"] * args.low_text]
+    parts = [*args.video, *["lowtext"] * args.low_text]
     if phase == "pretrain":
         return "_".join(["policy_pretrain", *filter(None, VARIANTS[args.variant]), *parts])
     if args.tasks:
@@ -425,12 +427,15 @@ def main():
     shape = {"size": sets[0].frames.shape[1], "cameras": cameras, "high_cameras": cameras}
     shape["proprio"] = labelled[0].proprio.shape[1]
     shape["skill"] = 64 if VARIANTS[args.variant][0] else 0  # pretraining sets the skills' own
-    checksums = [dataset.checksum() for dataset in sets]
+    checksums = [[d.checksum(), zlib.crc32(str(d.episodes).encode())] for d in sets]
+    made_by = [data.file_checksum(Path(args.out, stage)) for stage in ("lam.pt", "skills.pt")]
     agent, pretrained = None, VARIANTS[args.variant][1] is not None
     for phase in ["pretrain", "finetune"] if pretrained else ["finetune"]:
         torch.manual_seed(args.seed)
         name = run_name(args, phase)
         settings = vars(args) | {"world": world, "data": checksums}
+        if all(VARIANTS[args.variant]):
+            settings["made_by"] = made_by
         if phase == "pretrain":
             steps, peak = args.pretrain_steps, args.lr
             agent, labels = prepare_pretraining(args, sets, shape)
@@ -446,7 +451,8 @@ def main():
         learning = [p for p in agent.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(learning, lr=peak, weight_decay=1e-3, fused=True)
         path = Path(args.out, f"{name}.pt")
-        first, log = data.resume(path, "policy_" + phase, settings, agent, optimizer)
+        stage = "policy_" + phase
+        first, log = data.resume(path, stage, settings, agent, optimizer, f"{name}.json")
         if args.compile:
             agent.compile()
         wrapped = agent
@@ -472,7 +478,7 @@ def main():
             seen.append({"step": step + 1} | {key: loss.item() for key, loss in losses.items()})
             if rank == 0 and ((step + 1) % args.log_every == 0 or step + 1 == steps):
                 data.add_to_log(Path(args.out, name), log, seen, first, begin)
-                record = {"stage": "policy_" + phase, "settings": settings, "shape": agent.shape}
+                record = {"stage": stage, "settings": settings, "shape": agent.shape}
                 record |= {"step": step + 1, "steps": steps, "log": log}
                 record |= {"model": agent.state_dict(), "optimizer": optimizer.state_dict()}
                 write(path, record)

@@ -235,18 +235,24 @@ def load_rows(dataset, out, name):
     """The latents or skills of a packed set, a row a frame, (T, D); exits where they don't fit it,
     or where skills were made from other latents than lie in OUT now."""
     path = Path(out, f"{name}.{dataset.name}.npy")
-    script = "lam.py" if name == "latents" else "skills.py"
+    stage = "lam" if name == "latents" else "skills"
+    record = Path(out, f"{stage}.pt")
+    settings = data.load_checkpoint(record, stage)["settings"]
+    again = f"delete {record}, run `python {stage}.py` again"
+    if dataset.checksum() not in settings["data"]:
+        fail(f"{record} was made from other frames than lie in {dataset.path} now: {again}")
     try:
         rows = np.load(path)
         if len(rows) != dataset.total or not np.isfinite(rows).all():
             raise ValueError
     except (OSError, ValueError, EOFError):
-        fail(f"{path} is missing, damaged or of other data: run `python {script}` with this --out")
-    if name != "latents":
-        record = Path(out, "skills.pt")
-        made_from = data.load_checkpoint(record, "skills")["settings"].get("latents", {})
-        if made_from.get(dataset.name) != data.checksum(load_rows(dataset, out, "latents")):
-            fail(f"{record} was made from other latents: delete it, run `python skills.py` again")
+        fail(
+            f"{path} is missing, damaged or of other data: run `python {stage}.py` with this --out"
+        )
+    if stage == "skills":
+        made_from = settings["latents"].get(dataset.name)
+        if made_from != data.checksum(load_rows(dataset, out, "latents")):
+            fail(f"{record} was made from other latents: {again}")
     return rows
 
 
@@ -284,7 +290,7 @@ def reconstruction(lam, prediction, mask, rows, sets, scale, rng):
 # ---------------------------------------------------------------------------------------- figures
 @torch.no_grad()
 def segment(model, dataset, latents, gap, device):
-    """Of a set: boundaries (T, stages), predictions (T, latent), vectors (T, D) of each stage."""
+    """Of a set: boundaries (T, stages), and for each stage the encoder's vectors (T, D)."""
     parts = []
     groups = np.array_split(np.arange(len(dataset.start)), 1 + len(dataset.start) // 32)
     for group in tqdm(groups, f"skills of {dataset.name}", disable=None):
@@ -292,14 +298,14 @@ def segment(model, dataset, latents, gap, device):
         known = np.maximum(1, length - gap)  # how many have a latent
         t = np.arange(known.max())
         z = torch.from_numpy(latents[dataset.start[group][:, None] + np.minimum(t, known - 1)])
-        prediction, routings = model(z.to(device), torch.from_numpy(t < known).to(device))
+        _, routings = model(z.to(device), torch.from_numpy(t < known).to(device))
         marks, vectors = frame_rate(routings)
         # from (E, L) to rows, a frame each; one without a latent is as the last that has one,
         e, frame = np.nonzero(np.arange(length.max()) < length)
         last = np.minimum(frame, known[e, 0] - 1)
         marks = torch.stack(marks, -1).cpu().numpy()[e, last]
         marks &= (frame == last)[:, None]  # but is no boundary
-        parts.append([marks, *(x.cpu().numpy()[e, last] for x in (prediction, *vectors))])
+        parts.append([marks, *(v.cpu().numpy()[e, last] for v in vectors)])
     return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
 
@@ -369,13 +375,9 @@ def draw(path, sets, boundaries):
 def report(args, model, sets, latents, held_out, gap, device):
     """Write boundaries and skills, measure and print what they are worth, draw."""
     found = [segment(model, d, z, gap, device) for d, z in zip(sets, latents, strict=True)]
-    boundaries, predictions, *vectors = zip(*found, strict=True)  # of each set
-    rated = list(zip(latents, predictions, held_out, strict=True))
-    error = sum(np.abs(z[rows + 1] - guess[rows]).sum() for z, guess, rows in rated)
-    copy = sum(np.abs(z[rows + 1] - z[rows]).sum() for z, _, rows in rated)
-    figures = {"latent_l1_over_copy": round(float(error / copy), 4), "stages": []}
-    print(f"held-out episodes: next latent's l1 error over copying the last: {error / copy:.2f}")
-    print(f"boundaries (N {args.chunk}), F1 with true changes; R2 of what a frame's skill tells:")
+    boundaries, *vectors = zip(*found, strict=True)  # of each set
+    figures = []  # of each stage
+    print(f"held-out episodes, N {args.chunk}: F1 with true changes; R2 of what a skill tells:")
     kept = sum(b[rows].sum(0) for b, rows in zip(boundaries, held_out, strict=True))  # (stages,)
     rates = kept / [sum(map(len, held_out)), *kept[:-1]]  # what a stage keeps are the next one's
     for s, rate in enumerate(rates.tolist()):
@@ -393,10 +395,10 @@ def report(args, model, sets, latents, held_out, gap, device):
                     says = row[f"{kind}_says"] = skill_r2(dataset, skill, cut)
                     now, way = (" ".join(f"{x:.2f}" for x in r2) for r2 in says.values())
                     print(f"    {dataset.name} {kind:7} R2: action {now} · way to its end {way}")
-        figures["stages"].append(row)
+        figures.append(row)
     for dataset, b in zip(sets, boundaries, strict=True):
         write(Path(args.out, f"boundaries.{dataset.name}.npy"), b)
-    write(Path(args.out, "skills.json"), figures)
+    write(Path(args.out, "skills.json"), {"stages": figures})
     draw(Path(args.out, "skills.png"), sets, boundaries)
 
 
@@ -417,7 +419,7 @@ def read_skills(out, video, like, stage, device):
     z = (encode(lam, video, device) - mean) / deviation
     model = HNet(settings, z.shape[1], lam.gap)
     data.load_weights(model, record, path)
-    boundaries, _, *vectors = segment(model.to(device), video, z, lam.gap, device)
+    boundaries, *vectors = segment(model.to(device), video, z, lam.gap, device)
     s = int(stage.removeprefix("skills")) - 1
     return skill_vectors(vectors[s], boundaries[:, s], settings["skill"], video.last)
 
@@ -447,7 +449,7 @@ def main():
     made_from = {d.name: data.checksum(z) for d, z in zip(sets, raw, strict=True)}
     settings = vars(args) | {"data": [d.checksum() for d in sets], "latents": made_from}
     path = Path(args.out, "skills.pt")
-    first, log = data.resume(path, "skills", settings, model, optimizer)
+    first, log = data.resume(path, "skills", settings, model, optimizer, "skills[0-9].*.npy")
     seen, begin = [], time.time()
     for step in tqdm(range(first, args.steps), "skills", disable=None):
         rng = np.random.default_rng([args.seed, step])  # chance hangs on seed and step alone, so
