@@ -254,9 +254,9 @@ class Packed:
             fail(f"{file} has {found} bytes, but {shape} {dtype} by episodes.json")
         return np.memmap(file, dtype, "r", shape=shape)
 
-    def checksum(self):
-        """Of what stages 1 and 2 depend on: arrays, and lengths and splits of episodes."""
-        known = [self.open(key) for key in self.arrays if not key.startswith("truth")]
+    def checksum(self, *others):
+        """Of all images, lengths and splits, which latents are made from, and of other arrays."""
+        known = [self.open(key) for key in ("frames", "wrist", *others) if key in self.arrays]
         parts = [(episode["length"], episode["split"]) for episode in self.episodes]
         return zlib.crc32(json.dumps(parts).encode(), checksum(*known))
 
@@ -283,7 +283,7 @@ class Packed:
 
 def to_images(views, device):
     """Frames (B, S, S, 3) uint8 of each camera as networks see them: (B, cameras, 3, S, S)."""
-    pixels = torch.from_numpy(np.stack(views, 1)).to(device, non_blocking=True)
+    pixels = torch.from_numpy(np.stack(views, 1)).to(device)
     return pixels.permute(0, 1, 4, 2, 3).float() / 255
 
 
@@ -306,14 +306,13 @@ def open_sets(paths):
 
 def check_array(key, value, frames, where):
     """Exit unless an episode's array is what the stages expect beside its frames."""
+    right = len(value) == len(frames) > 0
     if key in ("frames", "wrist"):
-        shape = (*frames.shape[:2], *frames.shape[1:2], 3)
-        right = value.shape == shape and value.dtype == np.uint8
+        square = (*frames.shape[:2], *frames.shape[1:2], 3)
+        right &= value.shape == square and value.dtype == np.uint8
     elif key in ("proprio", "actions"):
-        right = value.shape[:-1] == frames.shape[:1] and value.dtype == np.float32
-    else:
-        right = len(value) == len(frames)
-    if not right or not len(frames):
+        right &= value.ndim == 2 and value.dtype == np.float32
+    if not right:
         expected = "images uint8 (T, S, S, 3), proprio and actions float32 (T, D)"
         fail(f"{where}: {key} {value.dtype} {value.shape} beside {len(frames)} frames: {expected}")
     if value.dtype.kind == "f" and not np.isfinite(value).all():
@@ -340,8 +339,10 @@ def pack(out, episodes, total=None, upside_down=False, skipped=()):
                 with open(part / f"{key}.bin", "ab") as file:
                     file.write(value.tobytes())
             arrays = arrays or kinds
-            if kinds != arrays or split not in ("train", "val"):
-                fail(f"{where}, of split {split}: {kinds} are not as before: {arrays}")
+            if kinds != arrays:
+                fail(f"{where}: arrays {kinds} are not as before: {arrays}")
+            if split not in ("train", "val"):
+                fail(f"{where}: split {split!r} is neither train nor val")
             record = {"length": len(episode["frames"]), "text": text or "", "split": split}
             records.append(record | {"task": str(task)})
         if not records:
@@ -558,7 +559,7 @@ def libero_episodes(args, skipped):
                         skipped.append(f"{path.name} {name}: too short")
                         continue
                     arrays = libero_arrays(demo, phases, args)
-                    beyond += int((np.abs(arrays["truth_actions"]) > 1).sum())
+                    beyond += int((np.abs(demo["actions"][1:]) > 1).sum())
                     split = "val" if i >= len(names) - round(args.val * len(names)) else "train"
                     yield text, path.name.removesuffix("_demo.hdf5"), split, arrays
         except (OSError, KeyError, ValueError, TypeError) as error:
@@ -570,13 +571,13 @@ def libero_episodes(args, skipped):
 def libero_arrays(demo, phases, args):
     """The arrays of a demonstration; a scripted one tells the name of each frame's phase too."""
     obs, actions = demo["obs"], demo["actions"][1:].astype(np.float32)
-    arrays = {"frames": resize(obs["agentview_rgb"][:-1], args.size), "truth_actions": actions}
+    arrays = {"frames": resize(obs["agentview_rgb"][:-1], args.size)}
     if "eye_in_hand_rgb" in obs:
         arrays["wrist"] = resize(obs["eye_in_hand_rgb"][:-1], args.size)
     if not args.no_actions:
         body = [obs["joint_states"][:-1], obs["gripper_states"][:-1]]
         arrays["proprio"] = np.concatenate(body, 1).astype(np.float32)
-        arrays["actions"] = actions
+    arrays["truth_actions" if args.no_actions else "actions"] = actions
     if phases:
         short = [re.split("[:_]", phase)[-1] for phase in phases]  # "2:knob_turn": a turn
         arrays["truth_phase"] = np.array(short, "S32")[demo["phase"][:-1]]
@@ -672,7 +673,7 @@ def main():
     add("kind", choices=["toy", "libero", "video"], help="the toy world, LIBERO's HDF5, or videos")
     add("--out", required=True, help="folder to write; toy: makes OUT/hand and OUT/robot")
     add("--src", help="folder of .hdf5 files (libero); of videos, image folders, to any depth")
-    add("--size", type=number(int, 16), default=64, help="image side in pixels; toy: always 32")
+    add("--size", type=number(int, 16, step=16), default=64, help="image side; toy: always 32")
     add("--demos", type=COUNT, help="libero: the first so many demonstrations of each task")
     add("--no-actions", action="store_true", help="libero: pack action-free video")
     add("--labels", help="video: captions, a CSV or JSON file")

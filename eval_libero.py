@@ -423,9 +423,9 @@ def evaluate(args, device, out, name, demos, agent):
         records[task, episode] = record
         lines.append(json.dumps(record | {"settings": settings}))
         write(log, "\n".join(lines) + "\n")
-    wins = {t: sum(records[t, e]["success"] for e in range(args.episodes)) for t in tasks}
-    report = {"variant": name, "demos": demos} | rate(sum(wins.values()), len(wanted))
-    report["per_task"] = {str(task): rate(n, args.episodes) for task, n in wins.items()}
+    won = [task for task, episode in wanted if records[task, episode]["success"]]
+    report = {"variant": name, "demos": demos} | rate(len(won), len(wanted))
+    report["per_task"] = {str(task): rate(won.count(task), args.episodes) for task in tasks}
     write(Path(out, f"{stem}.json"), report | {"settings": settings})
     return report
 
@@ -441,12 +441,11 @@ def summarise(reports, suite, path):
     for i, (name, row) in enumerate(cells.items()):
         points = []  # success, and its interval's ends
         for demos, runs in row.items():
-            wins, episodes = (sum(run[key] for run in runs) for key in ("wins", "episodes"))
-            pooled = rate(wins, episodes)
+            pooled = rate(sum(run["wins"] for run in runs), sum(run["episodes"] for run in runs))
             points.append([pooled["success_rate"], *pooled["ci95"]])
             figures = "{:8.2f}   [{:.2f}, {:.2f}]".format(*points[-1])
             each = " ".join(f"{run['success_rate']:.2f}" for run in runs)
-            print(f"{name:24} {demos:>6} {figures}    {episodes:8d}   {each}")
+            print(f"{name:24} {demos:>6} {figures}    {pooled['episodes']:8d}   {each}")
         share, low, high = np.transpose(points)
         x = np.arange(len(row)) + 0.04 * i  # side by side, so that no interval hides another
         axis.errorbar(x, share, [share - low, high - share], marker="o", capsize=4, label=name)
@@ -465,13 +464,14 @@ def main():
     for key in ("variant", "demos", "tasks"):
         setattr(args, key, list({str(x): x for x in getattr(args, key) or []}.values()))
     if args.replay:
-        if args.suite == "toy" or not list(Path(args.replay).glob("*_demo.hdf5")):
+        if args.suite == "toy" or args.prompt or not list(Path(args.replay).glob("*_demo.hdf5")):
             fail(f"--replay {args.replay}: for LIBERO's suites, a folder of *_demo.hdf5 files")
         runs = [(out, "replay", 0, None) for out in args.out]
     else:  # all policies are there before the first one starts
         runs = [(o, name, d) for o in args.out for d in args.demos for name in args.variant]
         runs = [(*run, load_agent(*run, "cpu")) for run in runs]
-        led = all("made_by" in agent.settings for *_, agent in runs)
+        told = [agent.settings for *_, agent in runs]  # led by skills alone?
+        led = all("made_by" in settings and not settings["low_text"] for settings in told)
         if args.prompt and (args.suite != "toy" or not led):
             fail("--prompt: for the toy world, and policies that were pretrained to follow skills")
     with tempfile.TemporaryDirectory() as folder:

@@ -97,7 +97,7 @@ class IDM(nn.Module):
 
     def forward(self, now, future):
         z = self.see(now, future)
-        free = F.layer_norm(z[:, self.odd :], z[0, self.odd :].shape)  # as in UniSkill, no VQ
+        free = F.layer_norm(z[:, self.odd :], z[0, self.odd :].shape)  # no VQ
         if not self.odd:
             return free
         odd = (z - self.see(future, now))[:, : self.odd]  # z(a, b) = -z(b, a)
@@ -331,9 +331,8 @@ def report(out, model, sets, device):
     write(Path(out, "lam.json"), figures)
     draw(Path(out, "lam.png"), model, sets, latents, device)
     print("on held-out episodes, error of the FDM's frame t+k over that of copying frame t:")
-    print(
-        f"  with the true z {figures['fdm_error']:.2f}, with zero {figures['fdm_error_zero']:.2f}"
-    )
+    print(f"  with the true z {figures['fdm_error']:.2f}")
+    print(f"  with z = 0 {figures['fdm_error_zero']:.2f}")
     print(f"  with the z of another moment {figures['fdm_error_shuffled']:.2f}")
     print(f"  effective rank of z: {figures['effective_rank']:.1f}")
     if "action_r2" in figures:

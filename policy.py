@@ -16,7 +16,7 @@ actions in chunks. The flat baseline is pi_l alone, told the text.
     python policy.py --variant flat_z0  # pretrained on the same video, but without hierarchy
 
 Writes to OUT: policy_NAME_DEMOS.pt .json .png (actions of a held-out demonstration) and a log with
-its curve, the same of policy_pretrain_...; NAME is the variant with --video, lowtext, --tasks.
+its curve; policy_pretrain_... and its log; NAME is the variant with --video, lowtext, --tasks.
 """
 
 import functools
@@ -38,7 +38,8 @@ from data import COUNT, REAL, WIDTH, fail, natural, number, write
 from lam import ConvBlock, warp
 from skills import load_rows, stack
 
-# Table 1 of the paper: the arrays in OUT that pi_h and pi_l predict in pretraining
+# The rows of the paper's Table 1, and flat: the arrays in OUT that pi_h (None: there is none) and
+# pi_l (None: no pretraining) learn to predict from video
 VARIANTS = {
     "hilam": ("skills1", "latents"),
     "hilam_z2": ("skills2", "latents"),
@@ -156,9 +157,10 @@ class ImageEncoder(nn.Module):
         seen = []
         for block in self.conv:
             x = block(x, condition)
-            look = (4 * x.flatten(2)).softmax(-1).view_as(x)  # spatial softmax: where each channel
-            line = torch.linspace(-1, 1, x.shape[-1], device=x.device)  # looks (Levine et al. 2016)
-            seen += [look.sum(2) @ line, look.sum(3) @ line]
+            # spatial softmax: the place where each channel looks (Levine et al. 2016)
+            attention = (4 * x.flatten(2)).softmax(-1).view_as(x)
+            line = torch.linspace(-1, 1, x.shape[-1], device=x.device)
+            seen += [attention.sum(2) @ line, attention.sum(3) @ line]
         seen = torch.cat([*seen, self.fine(x, condition).flatten(1)], dim=1)
         scale, shift = self.select(condition).chunk(2, dim=1)  # FiLM: which of it matters
         return self.out(F.silu(self.look(seen) * (1 + scale) + shift))
@@ -267,9 +269,9 @@ class Agent(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------- data
-# Rows of a packed set to learn from, whose arrays {name: (T, D)} are the target, to be predicted in
-# chunks, and true_skill or proprio; gap: an episode's last frames that have no target; tokens: of
-# each episode's sentence
+# What to learn from a packed set: tokens of each episode's sentence; rows to draw from; gap, how
+# many last frames of an episode have no target; arrays {name: (T, D)}: target, which is read in
+# chunks, and true_skill or proprio
 Labels = namedtuple("Labels", "dataset tokens rows gap cameras arrays")
 
 
@@ -377,13 +379,12 @@ def load_agent(out, name, demos, device):
     record = data.load_checkpoint(path, "policy_finetune")
     agent = Agent(record["shape"], record["settings"])
     data.load_weights(agent, record, path)
-    return agent.to(device).eval()
+    return agent.to(device)
 
 
 # ----------------------------------------------------------------------------------------- report
 def report(args, name, agent, dataset):
     """Measure the first action's l1 error on held-out demonstrations, and draw one of them."""
-    agent.eval()
     found = []
     episodes = dataset.split("val")[:20]
     for e in episodes:
@@ -427,7 +428,8 @@ def main():
     shape = {"size": sets[0].frames.shape[1], "cameras": cameras, "high_cameras": cameras}
     shape["proprio"] = labelled[0].proprio.shape[1]
     shape["skill"] = 64 if VARIANTS[args.variant][0] else 0  # pretraining sets the skills' own
-    checksums = [[d.checksum(), zlib.crc32(str(d.episodes).encode())] for d in sets]
+    texts = [zlib.crc32(str(d.episodes).encode()) for d in sets]
+    checksums = [d.checksum("proprio", "actions") for d in sets] + texts
     made_by = [data.file_checksum(Path(args.out, stage)) for stage in ("lam.pt", "skills.pt")]
     agent, pretrained = None, VARIANTS[args.variant][1] is not None
     for phase in ["pretrain", "finetune"] if pretrained else ["finetune"]:
@@ -446,7 +448,7 @@ def main():
             agent, labels = prepare_finetuning(args, labelled, shape, agent)
         sample = get_batch(labels, 256, args.chunk, np.random.default_rng(0), device)
         begin_with = [*sample.values(), *agent.state_dict().values()]
-        settings["begin_with"] = data.checksum(*[x.cpu().numpy() for x in begin_with])
+        settings["first_batch_and_weights"] = data.checksum(*[x.cpu().numpy() for x in begin_with])
         agent.to(device)
         learning = [p for p in agent.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(learning, lr=peak, weight_decay=1e-3, fused=True)

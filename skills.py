@@ -60,16 +60,17 @@ def ste(c):
 def route(q, k, mask, least=1, apart=1):
     """Boundary probability p_t and boundaries b_t, (B, L), of q, k (B, L, D) (H-Net, eq. 4).
     No chunk is shorter than least or apart: where vectors overlap, k_t meets q_{t-apart}."""
-    t = torch.arange(1, q.shape[1], device=q.device)
-    before, now = q[:, (t - apart).clamp_min(0)], k[:, 1:]
+    at = torch.arange(1, q.shape[1], device=q.device)
+    before, now = q[:, (at - apart).clamp_min(0)], k[:, 1:]
     norms = torch.linalg.vecdot(before, before) * torch.linalg.vecdot(now, now)
     cosine = torch.linalg.vecdot(before, now) * norms.clamp_min(1e-16).rsqrt()  # cos(q_{t-1}, k_t)
     p = F.pad((1 - cosine) / 2, (1, 0), value=1.0)  # p_1 = 1
     boundary = (p >= 0.5) & mask
     shortest = max(least, apart)
-    for t in range(1, p.shape[1] if shortest > 1 else 0):  # with 1 nothing is too short
-        recent = boundary[:, max(0, t + 1 - shortest) : t]
-        boundary[:, t] &= ~recent.any(1)
+    if shortest > 1:
+        for t in range(1, p.shape[1]):  # no boundary soon after the last one
+            recent = boundary[:, max(0, t + 1 - shortest) : t]
+            boundary[:, t] &= ~recent.any(1)
     return p, boundary
 
 
@@ -88,8 +89,8 @@ def dechunk(x, p, boundary, position):
     kept = p.gather(1, position).clamp(1e-4, 1 - 1e-4)  # p_m (B, M)
     log = torch.log1p(-kept).cumsum(1)
     ratio = log[:, :, None] - log[:, None, :]
-    later = torch.ones_like(ratio, dtype=torch.bool).triu(1)  # chunks have no weight
-    weights = ratio.masked_fill(later, -torch.inf).exp() * kept[:, None, :]  # W
+    future = torch.ones_like(ratio, dtype=torch.bool).triu(1)  # n > m, where W_mn is 0
+    weights = ratio.masked_fill(future, -torch.inf).exp() * kept[:, None, :]  # W
     y = weights @ x  # (B, M, D)
     which = (boundary.long().cumsum(1) - 1).clamp_min(0)  # (B, L) the chunk of each position
     first_row = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
@@ -109,7 +110,7 @@ def ratio_loss(boundary, p, mask, n):
 
 # ---------------------------------------------------------------------------------------- network
 class Block(nn.Module):
-    """Causal transformer block with ALiBi, (B, L, D) -> (B, L, D), at first the identity."""
+    """Causal transformer block with ALiBi's bias, (B, L, D) -> (B, L, D), at first the identity."""
 
     def __init__(self, width):
         super().__init__()
@@ -157,7 +158,7 @@ class Stage(nn.Module):
     def forward(self, x, mask):
         """x (B, L, D), mask (B, L) -> output (B, L, D), Routings of this stage and all above it."""
         h = self.encoder(x)
-        # H-Net makes k of h as well; made of x it is what comes, and q of h is what was foretold
+        # H-Net makes k of h too; here k is what arrives at t, and q what the encoder expected of it
         p, boundary = route(self.q(h), self.k(x), mask, *self.limits)
         z, inner_mask, position = chunk(h, boundary)
         top = not isinstance(self.main, Stage)
@@ -178,7 +179,7 @@ class HNet(nn.Module):
         self.stage = Stage(width, stages, settings["layers"], settings["least"], max(1, gap // 2))
         self.norm = nn.RMSNorm(width)
         self.head = nn.Linear(width, latent)
-        nn.init.orthogonal_(self.embed.weight)  # keeps the angles between latents
+        nn.init.orthogonal_(self.embed.weight)  # keeps angles, if latents are not wider than width
         for parameter in self.head.parameters() if self.overlap else []:
             nn.init.zeros_(parameter)
 
@@ -202,7 +203,7 @@ def frame_rate(routings):
 def sum_ahead(values, boundary):
     """Sums of values (T, D) from each frame to its segment's end; where the next begins (T,)."""
     begins = np.append(np.flatnonzero(boundary), len(boundary))  # of each segment, and the end
-    following = begins[np.cumsum(boundary)]  # that of segment k + 1: k is cumsum - 1
+    following = begins[np.cumsum(boundary)]  # cumsum counts from 1, so it names the next one
     total = np.pad(np.cumsum(values, 0, np.float64), ((1, 0), (0, 0)))  # row t: all before t
     return total[following] - total[:-1], following
 
@@ -216,7 +217,7 @@ def skill_vectors(vectors, boundary, rule, last):
         return vectors[np.flatnonzero(boundary)[k]]  # zbar_t = z_{k_t}
     total, following = sum_ahead(vectors, boundary)
     count = following - np.arange(len(boundary))
-    ahead = (total / count[:, None]).astype(np.float32)  # zbar_t
+    ahead = (total / count[:, None]).astype(np.float32)
     after = ahead[np.minimum(following, last)]  # in an episode's last segment its last vector
     return ahead if rule == "ahead" else np.concatenate([ahead, after], axis=1)
 
@@ -240,15 +241,13 @@ def load_rows(dataset, out, name):
     settings = data.load_checkpoint(record, stage)["settings"]
     again = f"delete {record}, run `python {stage}.py` again"
     if dataset.checksum() not in settings["data"]:
-        fail(f"{record} was made from other frames than lie in {dataset.path} now: {again}")
+        fail(f"{record} was not made from {dataset.path} as it is now: {again}")
     try:
         rows = np.load(path)
         if len(rows) != dataset.total or not np.isfinite(rows).all():
             raise ValueError
     except (OSError, ValueError, EOFError):
-        fail(
-            f"{path} is missing, damaged or of other data: run `python {stage}.py` with this --out"
-        )
+        fail(f"{path} is missing, damaged or of other data: run `python {stage}.py` again")
     if stage == "skills":
         made_from = settings["latents"].get(dataset.name)
         if made_from != data.checksum(load_rows(dataset, out, "latents")):
@@ -300,11 +299,11 @@ def segment(model, dataset, latents, gap, device):
         z = torch.from_numpy(latents[dataset.start[group][:, None] + np.minimum(t, known - 1)])
         _, routings = model(z.to(device), torch.from_numpy(t < known).to(device))
         marks, vectors = frame_rate(routings)
-        # from (E, L) to rows, a frame each; one without a latent is as the last that has one,
+        # from (E, L) to one row a frame: one without a latent repeats the last that has one,
         e, frame = np.nonzero(np.arange(length.max()) < length)
         last = np.minimum(frame, known[e, 0] - 1)
         marks = torch.stack(marks, -1).cpu().numpy()[e, last]
-        marks &= (frame == last)[:, None]  # but is no boundary
+        marks &= (frame == last)[:, None]  # but a repeated frame is no boundary
         parts.append([marks, *(v.cpu().numpy()[e, last] for v in vectors)])
     return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
@@ -354,8 +353,7 @@ def skill_r2(dataset, skills, boundary):
     action = np.asarray(dataset.true_actions, np.float64)
     way, _ = sum_ahead(action[:, :-1], boundary)
     train, val = dataset.rows(dataset.split("train")), dataset.rows(dataset.split("val"))
-    r2 = [ridge(skills[train], y[train], skills[val], y[val]) for y in (action, way)]
-    return {"action_r2": r2[0], "segment_end_r2": r2[1]}
+    return [ridge(skills[train], y[train], skills[val], y[val]) for y in (action, way)]
 
 
 def draw(path, sets, boundaries):
@@ -392,8 +390,8 @@ def report(args, model, sets, latents, held_out, gap, device):
                 skill = skill_vectors(v, cut, args.skill, dataset.last)
                 write(Path(args.out, f"{kind}{s + 1}.{dataset.name}.npy"), skill)
                 if dataset.true_actions is not None:
-                    says = row[f"{kind}_says"] = skill_r2(dataset, skill, cut)
-                    now, way = (" ".join(f"{x:.2f}" for x in r2) for r2 in says.values())
+                    now, way = skill_r2(dataset, skill, cut)
+                    row[f"{kind}_says"] = {"action_r2": now, "segment_end_r2": way}
                     print(f"    {dataset.name} {kind:7} R2: action {now} · way to its end {way}")
         figures.append(row)
     for dataset, b in zip(sets, boundaries, strict=True):
@@ -440,7 +438,7 @@ def main():
     if min(map(len, episodes + held_out)) == 0:
         fail(f"a set has no episode of {lam.gap + 2} frames (gap + 2) to train on, or held out")
     model = HNet(vars(args), raw[0].shape[1], lam.gap).to(device)
-    shares = {args.slow[0]: [], args.slow[1]: [], 1.0: []}  # of the rate; k stays near z
+    shares = {args.slow[0]: [], args.slow[1]: [], 1.0: []}  # {share of the rate: parameters}
     for name, parameter in model.named_parameters():
         share = args.slow[0] if "embed" in name or ".k." in name else 1.0
         shares[args.slow[1] if "encoder" in name else share].append(parameter)
