@@ -171,16 +171,16 @@ def prepare_libero(folder):
         fail(f"no assets: `pip install huggingface_hub`, or put LIBERO's into {root / 'assets'}")
 
 
-def set_demonstration(env, path, number):
+def set_demonstration(env, path, index):
     """Bring the simulator to a demonstration's first state, with the fixtures where its model has
     them, and return its actions (T, 7)."""
     import h5py
 
     with h5py.File(path) as file:
         names = sorted(file["data"], key=data.natural)
-        if number >= len(names):
+        if index >= len(names):
             raise ValueError(f"{path} holds {len(names)} demonstrations: --episodes {len(names)}")
-        demo = file["data"][names[number]]
+        demo = file["data"][names[index]]
         model = env.env.sim.model
         scene = ElementTree.fromstring(demo.attrs["model_file"]).find("worldbody")
         for body in scene.findall("body"):
@@ -314,7 +314,7 @@ def play_libero(jobs, workers, *settings):
         shares = []
         for pipe in wait(list(left)):
             share = left.pop(pipe)
-            number = share[0]
+            index = share[0]
             try:
                 outcome = pipe.recv()
             except (EOFError, OSError):
@@ -322,12 +322,12 @@ def play_libero(jobs, workers, *settings):
             if not isinstance(outcome, str):
                 if len(share) > 1:
                     left[pipe] = share[1:]
-                yield number, *outcome
-            elif number in repeated:
-                task, episode = jobs[number]
+                yield index, *outcome
+            elif index in repeated:
+                task, episode = jobs[index]
                 fail(f"task {task}, episode {episode}, tried twice: {outcome}")
             else:
-                repeated.add(number)
+                repeated.add(index)
                 shares.append(share)
 
 
