@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 import zlib
@@ -85,9 +86,14 @@ def make_parser(doc, steps=None):
     return parser
 
 
+def interrupted(*_):
+    fail("stopped: start the same command again to go on")
+
+
 def start(device):
     """Join the processes that torchrun started; returns the torch.device that --device names, the
     rank of this process (only rank 0 writes and prints) and how many there are."""
+    signal.signal(signal.SIGINT, interrupted)  # Ctrl-C
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device

@@ -484,7 +484,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        fail("stopped: start the same command again to go on")
+    main()
