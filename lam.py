@@ -336,7 +336,7 @@ def report(out, model, sets, device):
     print(f"  with the z of another moment {figures['fdm_error_shuffled']:.2f}")
     print(f"  effective rank of z: {figures['effective_rank']:.1f}")
     if "action_r2" in figures:
-        print(f"  R2 from z to each number of the action: {figures['action_r2']}")
+        print(f"  R2 from z to each number of the action: {np.round(figures['action_r2'], 2)}")
     if "gripper_f1" in figures:
         print(f"  F1 of the gripper's closing and opening: {figures['gripper_f1']:.2f}")
 

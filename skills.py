@@ -392,6 +392,7 @@ def report(args, model, sets, latents, held_out, gap, device):
                 if dataset.true_actions is not None:
                     now, way = skill_r2(dataset, skill, cut)
                     row[f"{kind}_says"] = {"action_r2": now, "segment_end_r2": way}
+                    now, way = np.round(now, 2), np.round(way, 2)
                     print(f"    {dataset.name} {kind:7} R2: action {now} · way to its end {way}")
         figures.append(row)
     for dataset, b in zip(sets, boundaries, strict=True):
