@@ -564,8 +564,9 @@ def libero_episodes(args, skipped):
                     if len(demo["actions"]) < 3:  # one is lost, as actions[0] has no frame
                         skipped.append(f"{path.name} {name}: too short")
                         continue
-                    arrays = libero_arrays(demo, phases, args)
-                    beyond += int((np.abs(demo["actions"][1:]) > 1).sum())
+                    actions = demo["actions"][1:].astype(np.float32)
+                    arrays = libero_arrays(demo, actions, phases, args)
+                    beyond += int((np.abs(actions) > 1).sum())
                     split = "val" if i >= len(names) - round(args.val * len(names)) else "train"
                     yield text, path.name.removesuffix("_demo.hdf5"), split, arrays
         except (OSError, KeyError, ValueError, TypeError) as error:
@@ -574,9 +575,9 @@ def libero_episodes(args, skipped):
         print(f"{beyond} numbers of actions lie beyond [-1, 1]; they are kept")
 
 
-def libero_arrays(demo, phases, args):
+def libero_arrays(demo, actions, phases, args):
     """The arrays of a demonstration; a scripted one tells the name of each frame's phase too."""
-    obs, actions = demo["obs"], demo["actions"][1:].astype(np.float32)
+    obs = demo["obs"]
     arrays = {"frames": resize(obs["agentview_rgb"][:-1], args.size)}
     if "eye_in_hand_rgb" in obs:
         arrays["wrist"] = resize(obs["eye_in_hand_rgb"][:-1], args.size)

@@ -41,7 +41,7 @@ from tqdm import tqdm
 import data
 from data import COUNT, GOALS, REAL, SEED, TASKS, fail, number, write
 from policy import VARIANTS, amount, load_agent
-from skills import read_skills
+from skills import model_checksums, read_skills
 
 LIMITS = {"toy": 120, "libero_spatial": 220, "libero_object": 280}
 LIMITS |= {"libero_goal": 300, "libero_10": 520}  # the most steps of an episode
@@ -389,10 +389,6 @@ def evaluate(args, device, out, name, demos, agent):
         source = {file.name: file.stat().st_mtime for file in files}
     settings = {"suite": args.suite, "policy": source, "execute": execute, "limit": args.max_steps}
     settings |= {key: getattr(args, key) for key in ("seed", "clear", "replay", "prompt")}
-    if args.prompt:
-        found = [data.file_checksum(Path(out, stage)) for stage in ("lam.pt", "skills.pt")]
-        if found != agent.settings["made_by"]:
-            fail(f"{out}: lam.pt and skills.pt are not those whose skills {path} has learned")
     if not toy:
         settings |= {name: version(name) for name in ("libero", "robosuite", "mujoco")}
         settings["renderer"] = os.environ["MUJOCO_GL"]
@@ -474,6 +470,9 @@ def main():
         led = all("made_by" in settings and not settings["low_text"] for settings in told)
         if args.prompt and (args.suite != "toy" or not led):
             fail("--prompt: for the toy world, and policies that were pretrained to follow skills")
+        for out, name, _, agent in runs:
+            if args.prompt and model_checksums(out) != agent.settings["made_by"]:
+                fail(f"{out}: lam.pt and skills.pt are not those whose skills {name} has learned")
     with tempfile.TemporaryDirectory() as folder:
         if args.suite != "toy":
             if args.episodes > 50:

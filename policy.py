@@ -36,7 +36,7 @@ from tqdm import tqdm
 import data
 from data import COUNT, REAL, WIDTH, fail, natural, number, write
 from lam import ConvBlock, warp
-from skills import load_rows, stack
+from skills import load_rows, model_checksums, stack
 
 # The rows of the paper's Table 1, and flat: the arrays in OUT that pi_h (None: there is none) and
 # pi_l (None: no pretraining) learn to predict from video
@@ -430,7 +430,7 @@ def main():
     shape["skill"] = 64 if VARIANTS[args.variant][0] else 0  # pretraining sets the skills' own
     texts = [zlib.crc32(str(d.episodes).encode()) for d in sets]
     checksums = [d.checksum("proprio", "actions") for d in sets] + texts
-    made_by = [data.file_checksum(Path(args.out, stage)) for stage in ("lam.pt", "skills.pt")]
+    made_by = model_checksums(args.out)
     agent, pretrained = None, VARIANTS[args.variant][1] is not None
     for phase in ["pretrain", "finetune"] if pretrained else ["finetune"]:
         torch.manual_seed(args.seed)

@@ -255,6 +255,11 @@ def load_rows(dataset, out, name):
     return rows
 
 
+def model_checksums(out):
+    """Of the models of stages 1 and 2 in a run folder, which find the skills in a video."""
+    return [data.file_checksum(Path(out, name)) for name in ("lam.pt", "skills.pt")]
+
+
 def get_batch(sets, latents, episodes, gap, args, rng, device, window=128):
     """Parts of random episodes, set after set: z (B, L, D), mask, rows of packed sets (B, L)."""
     count = max(1, args.batch // len(sets))

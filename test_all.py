@@ -7,6 +7,7 @@ Speed of chunking (pip install h-net-dynamic-chunking==0.5.19): python test_all.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -45,7 +46,7 @@ STAGES = {"out/toy/lam": lam, "out/toy/skills": skills}  # {checkpoint: the scri
 STAGES |= {"out/toy/policy_pretrain_skills1_latents": policy, "out/toy/policy_hilam_1": policy}
 LAM = {"wrist": False, "gap": 4, "latent": 4, "width": 8, "odd": False}
 POLICY = {"width": 16, "channels": 8, "patch": 4, "layers": 1, "chunk": 4, "text": None}
-FRAMES = "data/toy/hand/frames.bin"
+FRAMES, TEXTS = "data/toy/hand/frames.bin", "data/toy/robot/episodes.json"
 FIRST, LATENTS = "out/toy/lam.pt", "out/toy/latents.hand.npy"
 RECORDS = "out/toy/eval_toy_hilam_1_tasks0-3-5.jsonl"
 PROMPT = ["--variant", "hilam", "--prompt", "video"]
@@ -64,6 +65,7 @@ def run(script, *words):
     """Run main() of a script in this process, with its tiny words and these."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script.__name__, *map(str, [*TINY[script], *words])])
+        patch.setattr(data, "interrupted", signal.default_int_handler)  # Ctrl-C ends the tests
         script.main()
 
 
@@ -92,7 +94,7 @@ def python(words, folder=".", seconds=None):
     assert ended.returncode == 0, ended.stderr
 
 
-def change(path, old, new):
+def replace_bytes(path, old, new):
     """Replace bytes in a file."""
     Path(path).write_bytes(Path(path).read_bytes().replace(old, new))
 
@@ -933,11 +935,11 @@ def test_libero_is_evaluated_in_workers_and_reported(libero):
         (lambda: os.remove(LATENTS), skills, [], "run `python lam.py`"),
         (lambda: os.truncate(LATENTS, 999), skills, [], "run `python lam.py`"),
         (lambda: np.save(LATENTS, np.load(LATENTS) + 1), policy, [], "made from other latents"),
-        (lambda: change(FRAMES, b"\xba", b"\xbb"), skills, [], "as it is now"),
+        (lambda: replace_bytes(FRAMES, b"\xba", b"\xbb"), skills, [], "as it is now"),
         (lambda: shutil.copy(FIRST, "out/toy/skills.pt"), eval_libero, PROMPT, "are not those"),
         (lambda: Path(RECORDS).write_text("7\n"), eval_libero, [], f"{RECORDS} is damaged"),
         (lambda: np.save(LATENTS, np.load(LATENTS) + 1), skills, [], "was trained with"),
-        (lambda: change("data/toy/robot/episodes.json", b"black", b"green"), policy, [], "data"),
+        (lambda: replace_bytes(TEXTS, b"black", b"green"), policy, [], "trained with data"),
         (lambda: np.save("out/toy/skills1.robot.npy", np.eye(3)), policy, [], "`python skills.py`"),
         (lambda: os.truncate(write_libero(), 9000), data, ["libero"], "stove_demo.hdf5"),
         (lambda: write_libero(**{"obs/joint_states": None}), data, ["libero"], "joint_states"),
