@@ -5,7 +5,7 @@ A packed dataset is a folder of flat arrays over all T frames of all episodes, l
 train.bin, and an episodes.json that says where each episode starts:
     frames.bin   (T, S, S, 3) uint8       wrist.bin    (T, S, S, 3) uint8, a second camera
     actions.bin  (T, A) float32           proprio.bin  (T, P) float32, what the body feels
-    truth_*.bin  what a scripted demonstrator knows (phase, motion, actions): to measure with only
+    truth_*.bin  what a scripted demonstrator knows (phase, motion): to measure with only
 All but frames may be missing: without actions it is action-free video. Stages 1 and 2 add arrays
 of the same length, so frame t, its latent, its skill and its action t are the same row.
 
@@ -226,9 +226,9 @@ def resume(path, stage, settings, model, optimizer, made):
 
 # ------------------------------------------------------------------------------ the packed dataset
 class Packed:
-    """A packed dataset, memory-mapped: frames, wrist, proprio, actions and true_actions (to measure
-    with) over all T rows, None where it has none; start and length (E,), the first row and the
-    number of rows of each episode; last (T,), the last row of each row's episode."""
+    """A packed dataset, memory-mapped: frames, wrist, proprio and actions over all T rows, None
+    where it has none; start and length (E,), the first row and the number of rows of each episode;
+    last (T,), the last row of each row's episode."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -236,7 +236,6 @@ class Packed:
         try:
             info = json.loads((self.path / "episodes.json").read_text())
             self.arrays, self.episodes = info["arrays"], info["episodes"]
-            self.upside_down = info["upside_down"]
             self.length = np.array([episode["length"] for episode in self.episodes])
         except (OSError, ValueError, KeyError, TypeError):
             fail(f"{path} is no packed dataset; data.py makes one, see `python data.py --help`")
@@ -245,8 +244,6 @@ class Packed:
         self.total = len(self.last)
         self.frames, self.wrist = self.open("frames"), self.open("wrist")
         self.proprio, self.actions = self.open("proprio"), self.open("actions")
-        truth = self.open("truth_actions")  # where none are given to train on
-        self.true_actions = self.actions if truth is None else truth
 
     def open(self, key):
         """An array of the set by its name, or None; exits when its file has a wrong size."""
@@ -281,10 +278,6 @@ class Packed:
         if cameras > 1 and self.wrist is None:
             fail(f"{self.path} has no wrist camera")
         return to_images([view[rows] for view in (self.frames, self.wrist)[:cameras]], device)
-
-    def upright(self, frames):
-        """Frames (..., S, S, 3) as a person wants to see them: LIBERO stores them upside down."""
-        return frames[..., ::-1, :, :] if self.upside_down else frames
 
 
 def to_images(views, device):
@@ -325,7 +318,7 @@ def check_array(key, value, frames, where):
         fail(f"{where}: {key} hold NaN or infinity")
 
 
-def pack(out, episodes, total=None, upside_down=False, skipped=()):
+def pack(out, episodes, total=None, skipped=()):
     """Pack episodes, total times (text, task, split, {name: array over its frames}), into a folder;
     exits when arrays do not fit each other, or hold NaN. skipped is written to OUT/skipped.txt."""
     out, part = Path(out), Path(f"{out}.part")
@@ -355,8 +348,7 @@ def pack(out, episodes, total=None, upside_down=False, skipped=()):
             fail(f"{out}: nothing could be read: {'; '.join(skipped)}")
         if skipped:
             write(part / "skipped.txt", "\n".join(skipped) + "\n")
-        info = {"arrays": arrays, "upside_down": upside_down, "episodes": records}
-        write(part / "episodes.json", info)
+        write(part / "episodes.json", {"arrays": arrays, "episodes": records})
         part.rename(out)
     except OSError as error:
         fail(f"{out} cannot be written ({error})")
@@ -577,14 +569,13 @@ def libero_episodes(args, skipped):
 
 def libero_arrays(demo, actions, phases, args):
     """The arrays of a demonstration; a scripted one tells the name of each frame's phase too."""
-    obs = demo["obs"]
-    arrays = {"frames": resize(obs["agentview_rgb"][:-1], args.size)}
-    if "eye_in_hand_rgb" in obs:
-        arrays["wrist"] = resize(obs["eye_in_hand_rgb"][:-1], args.size)
-    if not args.no_actions:
-        body = [obs["joint_states"][:-1], obs["gripper_states"][:-1]]
-        arrays["proprio"] = np.concatenate(body, 1).astype(np.float32)
-    arrays["truth_actions" if args.no_actions else "actions"] = actions
+    obs, arrays = demo["obs"], {}
+    for key, camera in (("frames", "agentview_rgb"), ("wrist", "eye_in_hand_rgb")):
+        if key == "frames" or camera in obs:  # where images are stored upside down
+            arrays[key] = resize(obs[camera][:-1][:, ::-1], args.size)
+    body = [obs["joint_states"][:-1], obs["gripper_states"][:-1]]
+    arrays["proprio"] = np.concatenate(body, 1).astype(np.float32)
+    arrays["actions"] = actions
     if phases:
         short = [re.split("[:_]", phase)[-1] for phase in phases]  # "2:knob_turn": a turn
         arrays["truth_phase"] = np.array(short, "S32")[demo["phase"][:-1]]
@@ -682,7 +673,6 @@ def main():
     add("--src", help="folder of .hdf5 files (libero); of videos, image folders, to any depth")
     add("--size", type=number(int, 16, step=16), default=64, help="image side; toy: always 32")
     add("--demos", type=COUNT, help="libero: the first so many demonstrations of each task")
-    add("--no-actions", action="store_true", help="libero: pack action-free video")
     add("--labels", help="video: captions, a CSV or JSON file")
     add("--fps", type=number(float, 0.1), help="video: frames a second; else as they are")
     add("--fit", choices=["crop", "squash"], default="crop", help="video: the middle, or squeezed")
@@ -697,7 +687,7 @@ def main():
         fail(f"--src {args.src}: no such folder")
     skipped = []
     episodes = libero_episodes if args.kind == "libero" else video_episodes
-    pack(args.out, episodes(args, skipped), None, args.kind == "libero", skipped)
+    pack(args.out, episodes(args, skipped), skipped=skipped)
 
 
 if __name__ == "__main__":

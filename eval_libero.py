@@ -244,7 +244,8 @@ class Scene:
 
     def observe(self, _):
         """The arguments of Agent.act; the sentence is the BDDL file's, as in the demonstrations."""
-        frames, wrist = data.resize([self.observed[name] for name in CAMERAS], self.size)
+        images = [self.observed[name][::-1] for name in CAMERAS]  # rendered upside down
+        frames, wrist = data.resize(images, self.size)
         joints, fingers = self.observed["robot0_joint_pos"], self.observed["robot0_gripper_qpos"]
         proprio = np.concatenate([joints, fingers])
         return frames[None], wrist[None], proprio[None], [self.env.language_instruction], None
@@ -339,11 +340,9 @@ def rate(wins, episodes):
     return {"success_rate": share, "ci95": ci95, "wins": wins, "episodes": episodes}
 
 
-def save_film(path, film, upside_down):
-    """Save frames (S, S, 3) as a GIF, enlarged."""
-    flip = -1 if upside_down else 1
-    images = [Image.fromarray(frame[::flip]).resize((192, 192), Image.NEAREST) for frame in film]
-    pace = 300 if upside_down else 100  # milliseconds; LIBERO is seen every 8 steps
+def save_film(path, film, pace):
+    """Save frames (S, S, 3) as a GIF, enlarged, each shown for pace milliseconds."""
+    images = [Image.fromarray(frame).resize((192, 192), Image.NEAREST) for frame in film]
     images[0].save(path, save_all=True, append_images=images[1:], duration=pace, loop=0)
 
 
@@ -414,7 +413,7 @@ def evaluate(args, device, out, name, demos, agent):
         outcome = "success" if success else "failure"
         seen = {(record["task"], record["success"]) for record in records.values()}
         if film and (task, success) not in seen:
-            save_film(Path(out, f"{stem}_task{task}_{outcome}.gif"), film, not toy)
+            save_film(Path(out, f"{stem}_task{task}_{outcome}.gif"), film, 100 if toy else 300)
         record = {"task": task, "episode": episode, "success": success, "steps": steps}
         records[task, episode] = record
         lines.append(json.dumps(record | {"settings": settings}))

@@ -238,10 +238,9 @@ def probe(sets, latents, gap):
     for dataset, z in zip(sets, latents, strict=True):
         train = dataset.rows(dataset.split("train"), gap)
         val = dataset.rows(dataset.split("val"), gap)
-        actions = dataset.true_actions
-        if actions is not None:
-            truth = summed(actions, train, gap)
-            figures["action_r2"] = ridge(z[train], truth, z[val], summed(actions, val, gap))
+        if dataset.actions is not None:
+            truth, unseen = (summed(dataset.actions, rows, gap) for rows in (train, val))
+            figures["action_r2"] = ridge(z[train], truth, z[val], unseen)
         grip = gripper_events(dataset, train, gap)
         if grip is not None and len(np.unique(grip)) == 3:
             guess = LogisticRegression(max_iter=500).fit(z[train], grip).predict(z[val])
@@ -293,10 +292,9 @@ def draw_strip(path, rows, caption, marks=None):
     write(path, figure)
 
 
-def to_pixels(dataset, images):
-    """Images (B, C, S, S) in [0, 1] as people see them: (B, S, S, 3) uint8, the first camera."""
-    pixels = images[:, :3].clamp(0, 1).mul(255).byte().permute(0, 2, 3, 1)
-    return dataset.upright(pixels.cpu().numpy())
+def to_pixels(images):
+    """The first camera's of images (B, C, S, S) in [0, 1]: (B, S, S, 3) uint8."""
+    return images[:, :3].clamp(0, 1).mul(255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 @torch.no_grad()
@@ -311,14 +309,14 @@ def draw(path, model, sets, latents, device):
         future = model.frames(dataset, rows + model.gap, device)
         true = torch.from_numpy(z[rows]).to(device)
         codes.append(true)
-        strip.append((f"{dataset.name}: frame t", to_pixels(dataset, now)))
-        strip.append((f"frame t+{model.gap}", to_pixels(dataset, future)))
+        strip.append((f"{dataset.name}: frame t", to_pixels(now)))
+        strip.append((f"frame t+{model.gap}", to_pixels(future)))
         tried = {"the true z": true, "the z of the frame on its left": true.roll(1, 0)}
         for name, code in (tried | {"z = 0": 0 * true}).items():
-            strip.append((f"FDM with {name}", to_pixels(dataset, model.fdm(now, code))))
+            strip.append((f"FDM with {name}", to_pixels(model.fdm(now, code))))
     if len(sets) > 1:
         moved = model.fdm(now, codes[0][:1].expand(len(now), -1))
-        strip.append((f"FDM with the first z of {sets[0].name}", to_pixels(dataset, moved)))
+        strip.append((f"FDM with the first z of {sets[0].name}", to_pixels(moved)))
     draw_strip(path, strip, f"the true z draws frame t+{model.gap}, any other moves otherwise")
 
 

@@ -68,7 +68,6 @@ def get_args():
     add("--video", nargs="+", help="names of the sets to pretrain on, if not all of --data")
     add("--low-text", action="store_true", help="tell pi_l the text as well as the skill")
     add = parser.add_argument_group("model and training").add_argument
-    add("--text", metavar="T5", help="a frozen T5 reads the text: t5-small, or its folder")
     add("--chunk", type=COUNT, default=10, help="actions predicted at once; BAKU: 10")
     add("--patch", type=COUNT, default=4, help="pixels a patch; size / patch is 8, 16, 32 or 64")
     add("--channels", type=WIDTH, default=32, help="channels at first, then twice as many")
@@ -85,26 +84,11 @@ def get_args():
     return args
 
 
-# ------------------------------------------------------------------------------------------- text
+# ----------------------------------------------------------------------------------------- models
 @functools.cache
-def load_t5(name):
-    """Tokenizer and encoder of a frozen T5, by its name on the Hugging Face hub or its folder."""
-    try:
-        from transformers import AutoTokenizer, T5EncoderModel
-
-        return AutoTokenizer.from_pretrained(name), T5EncoderModel.from_pretrained(name).float()
-    except Exception as error:
-        fail(f"--text {name}: no T5, or no `pip install transformers` ({str(error)[:150]!r})")
-
-
-@functools.cache
-def tokenize(text, t5=None):
+def tokenize(text):
     """A sentence for the policy: its words, and its words with their places, hashed into buckets,
-    (64,) int64, 0 is padding; or with a T5 the mean of its states, (D,) float32."""
-    if t5:
-        tokenizer, encoder = load_t5(t5)
-        states = encoder(**tokenizer(text, return_tensors="pt")).last_hidden_state
-        return states[0].mean(0).detach()
+    (64,) int64, 0 is padding."""
     keys = []
     if len(text.split()) > LONGEST:
         print(f"only the first {LONGEST} words are read of: {text}")
@@ -114,16 +98,6 @@ def tokenize(text, t5=None):
     return torch.tensor(buckets + [0] * (2 * LONGEST - len(buckets)))
 
 
-def text_encoder(width, t5=None):
-    """Tokens of a sentence -> (B, width): the sum of its words' embeddings, or T5's projected."""
-    if t5:
-        words = nn.Linear(load_t5(t5)[1].config.d_model, width)
-    else:
-        words = nn.EmbeddingBag(WORDS + 1, width, mode="sum", padding_idx=0)
-    return nn.Sequential(words, nn.LayerNorm(width), token(width, width))
-
-
-# ----------------------------------------------------------------------------------------- models
 def token(inside, width):
     """A network from a vector (B, inside) to a token (B, width)."""
     layers = [nn.Linear(inside, width), nn.LayerNorm(width), nn.SiLU()]
@@ -176,7 +150,10 @@ class Policy(nn.Module):
         text = settings["low_text"] or not skill
         self.cameras = cameras
         tokens = cameras + 2 + text + (skill > 0)
-        self.text = text_encoder(width, settings["text"]) if text else None
+        self.text = None
+        if text:  # the sum of its words' embeddings
+            words = nn.EmbeddingBag(WORDS + 1, width, mode="sum", padding_idx=0)
+            self.text = nn.Sequential(words, nn.LayerNorm(width), token(width, width))
         self.skill = token(skill, width) if skill else None
         self.image = ImageEncoder(shape["size"], settings["patch"], settings["channels"], width)
         layers = [nn.Linear(shape["proprio"], width), nn.SiLU(), nn.Linear(width, width)]
@@ -258,7 +235,7 @@ class Agent(nn.Module):
         perhaps a skill (B, D) in place of pi_h's -> a chunk of actions, an array (B, chunk, A)."""
         device = self.target_mean.device
         images = data.to_images([frames, wrist][: self.shape["cameras"]], device)
-        tokens = torch.stack([tokenize(text, self.settings["text"]) for text in texts]).to(device)
+        tokens = torch.stack([tokenize(text) for text in texts]).to(device)
         proprio = torch.from_numpy(proprio).float().to(device)
         if skill is None:
             skill = self.predict_skill(images, tokens)
@@ -275,9 +252,9 @@ class Agent(nn.Module):
 Labels = namedtuple("Labels", "dataset tokens rows gap cameras arrays")
 
 
-def read_texts(dataset, t5):
-    """The sentences of all episodes for the policy, (E, 64), or with a T5 (E, D)."""
-    return torch.stack([tokenize(episode["text"], t5) for episode in dataset.episodes])
+def read_texts(dataset):
+    """The sentences of all episodes for the policy, (E, 64)."""
+    return torch.stack([tokenize(episode["text"]) for episode in dataset.episodes])
 
 
 def get_batch(labels, count, chunk, rng, device):
@@ -343,7 +320,7 @@ def prepare_pretraining(args, sets, shape):
         if skill:
             arrays["true_skill"] = load_rows(d, args.out, skill)
         rows = d.rows(d.split("train"), gap)
-        labels.append(Labels(d, read_texts(d, args.text), rows, gap, cameras, arrays))
+        labels.append(Labels(d, read_texts(d), rows, gap, cameras, arrays))
     known = {name.removeprefix("true_"): join(labels, name) for name in labels[0].arrays}
     widths = {name: array.shape[1] for name, array in known.items()}
     agent = Agent(shape | widths | {"high_cameras": cameras}, vars(args))
@@ -358,7 +335,7 @@ def prepare_finetuning(args, sets, shape, agent):
     for d in sets:
         rows = d.rows(labelled_episodes(d, args.demos, args.tasks))
         arrays = {"target": d.actions, "proprio": d.proprio}
-        labels.append(Labels(d, read_texts(d, args.text), rows, 0, shape["cameras"], arrays))
+        labels.append(Labels(d, read_texts(d), rows, 0, shape["cameras"], arrays))
     actions, proprio = join(labels, "target"), join(labels, "proprio")
     if agent is None:
         agent = Agent(shape | {"target": actions.shape[1]}, vars(args))

@@ -355,7 +355,7 @@ def boundary_f1(sets, latents, found, even, gap):
 
 def skill_r2(dataset, skills, boundary):
     """R2 from skills, held out: of the action, and of its sum to the segment's end (no gripper)."""
-    action = np.asarray(dataset.true_actions, np.float64)
+    action = np.asarray(dataset.actions, np.float64)
     way, _ = sum_ahead(action[:, :-1], boundary)
     train, val = dataset.rows(dataset.split("train")), dataset.rows(dataset.split("val"))
     return [ridge(skills[train], y[train], skills[val], y[val]) for y in (action, way)]
@@ -371,7 +371,7 @@ def draw(path, sets, boundaries):
             for c, t in enumerate(line):
                 both = b[[t, min(t + 1, rows[-1])]]  # the frame shown and the one after it
                 marks[len(strip), c] = colours[min(both.any(0).sum(), 3)]
-            strip.append((dataset.name, dataset.upright(dataset.frames[line])))
+            strip.append((dataset.name, dataset.frames[line]))
     draw_strip(path, strip, "every second frame; orange: stage 1 cuts, red: stage 2 as well", marks)
 
 
@@ -394,7 +394,7 @@ def report(args, model, sets, latents, held_out, gap, device):
             for kind, cut in (("skills", found_at), ("uniform", uniform_at)):
                 skill = skill_vectors(v, cut, args.skill, dataset.last)
                 write(Path(args.out, f"{kind}{s + 1}.{dataset.name}.npy"), skill)
-                if dataset.true_actions is not None:
+                if dataset.actions is not None:
                     now, way = skill_r2(dataset, skill, cut)
                     row[f"{kind}_says"] = {"action_r2": now, "segment_end_r2": way}
                     now, way = np.round(now, 2), np.round(way, 2)
