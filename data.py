@@ -620,7 +620,10 @@ def read_clip(path, args):
                     frames += [*resize([image], args.size, args.fit)]
         else:
             video = av.open(str(path))
-            rate = round(video.streams.video[0].average_rate or 0)
+            stream = video.streams.video[0]
+            if stream.codec_context is None:  # PyAV 17 crashes where it has no decoder
+                raise ValueError("no decoder")
+            rate = round(float(stream.average_rate or 0))
             begin, seconds = None, 0
             for frame in video.decode(video=0):
                 now = frame.time or 0  # 0: it has no time stamps
