@@ -5,11 +5,10 @@ A packed dataset is a folder of flat arrays over all T frames of all episodes, l
 train.bin, and an episodes.json that says where each episode starts:
     frames.bin   (T, S, S, 3) uint8       wrist.bin    (T, S, S, 3) uint8, a second camera
     actions.bin  (T, A) float32           proprio.bin  (T, P) float32, what the body feels
-    truth_*.bin  what a scripted demonstrator knows (phase, motion): to measure with only
+    truth_*.bin  what a scripted demonstrator knows (its phase): to measure with only
 All but frames may be missing: without actions it is action-free video. Stages 1 and 2 add arrays
 of the same length, so frame t, its latent, its skill and its action t are the same row.
 
-    python data.py toy    --out data/toy                               # built in, 20 seconds
     python data.py libero --src DATASETS/libero_10 --out data/libero_10
     python data.py video  --src VIDEOS --labels captions.json --out data/videos
 """
@@ -55,11 +54,11 @@ def number(kind, least, most=math.inf, step=0):
     def parse(text):
         value = kind(text)
         if not (math.isfinite(value) and least <= value <= most) or (step and value % step):
-            raise ValueError
+            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}{steps}")
         return value
 
     steps = f" in steps of {step}" if step else ""
-    parse.__name__ = f"{kind.__name__}, from {least} to {most}{steps},"  # argparse: "invalid ..."
+    parse.__name__ = kind.__name__  # for argparse: "invalid int value"
     return parse
 
 
@@ -237,6 +236,7 @@ class Packed:
             info = json.loads((self.path / "episodes.json").read_text())
             self.arrays, self.episodes = info["arrays"], info["episodes"]
             self.length = np.array([episode["length"] for episode in self.episodes])
+            self.splits = np.array([episode["split"] for episode in self.episodes])
         except (OSError, ValueError, KeyError, TypeError):
             fail(f"{path} is no packed dataset; data.py makes one, see `python data.py --help`")
         self.start = self.length.cumsum() - self.length
@@ -249,24 +249,23 @@ class Packed:
         """An array of the set by its name, or None; exits when its file has a wrong size."""
         if key not in self.arrays:
             return None
-        dtype = np.dtype(self.arrays[key]["dtype"])
-        shape = (self.total, *self.arrays[key]["shape"])
         file = self.path / f"{key}.bin"
-        found = file.stat().st_size if file.exists() else 0
-        if found != math.prod(shape) * dtype.itemsize:
-            fail(f"{file} has {found} bytes, but {shape} {dtype} by episodes.json")
-        return np.memmap(file, dtype, "r", shape=shape)
+        try:
+            rows = np.memmap(file, self.arrays[key]["dtype"], "r")
+            return rows.reshape(self.total, *self.arrays[key]["shape"])
+        except (OSError, ValueError) as error:
+            fail(f"{file} is missing, or not as episodes.json says ({error})")
 
     def checksum(self, *others):
         """Of all images, lengths and splits, which latents are made from, and of other arrays."""
         known = [self.open(key) for key in ("frames", "wrist", *others) if key in self.arrays]
-        parts = [(episode["length"], episode["split"]) for episode in self.episodes]
+        parts = list(zip(self.length.tolist(), self.splits.tolist(), strict=True))
         return zlib.crc32(json.dumps(parts).encode(), checksum(*known))
 
     def split(self, name):
         """Numbers of the episodes of a split, train or val; where no episode is held out, all."""
-        chosen = [i for i, episode in enumerate(self.episodes) if episode["split"] == name]
-        return np.array(chosen or range(len(self.episodes)))
+        chosen = np.flatnonzero(self.splits == name)
+        return chosen if len(chosen) else np.arange(len(self.splits))
 
     def rows(self, episodes, gap=0):
         """The rows t of these episodes for which t + gap lies in the same episode."""
@@ -298,8 +297,8 @@ def open_sets(paths):
         if len(set(map(str, shapes.values()))) > 1:
             fail(f"{key} differ in shape, as of different robots or --size: {shapes}")
     for dataset in sets:
-        if all(episode["split"] != "val" for episode in dataset.episodes):
-            print(f"{dataset.name}: no episode is held out; figures are of training episodes")
+        if "val" not in dataset.splits:
+            print(f"{dataset.name}: none is held out; figures are on training episodes")
     return sets
 
 
@@ -310,12 +309,10 @@ def check_array(key, value, frames, where):
         square = (*frames.shape[:2], *frames.shape[1:2], 3)
         right &= value.shape == square and value.dtype == np.uint8
     elif key in ("proprio", "actions"):
-        right &= value.ndim == 2 and value.dtype == np.float32
+        right &= value.ndim == 2 and value.dtype == np.float32 and np.isfinite(value).all()
     if not right:
-        expected = "images uint8 (T, S, S, 3), proprio and actions float32 (T, D)"
+        expected = "images uint8 (T, S, S, 3), proprio and actions float32 (T, D) without NaN"
         fail(f"{where}: {key} {value.dtype} {value.shape} beside {len(frames)} frames: {expected}")
-    if value.dtype.kind == "f" and not np.isfinite(value).all():
-        fail(f"{where}: {key} hold NaN or infinity")
 
 
 def pack(out, episodes, total=None, skipped=()):
@@ -354,7 +351,7 @@ def pack(out, episodes, total=None, skipped=()):
         fail(f"{out} cannot be written ({error})")
     finally:
         rmtree(part, ignore_errors=True)
-    problems = f"; {len(skipped)} unreadable in part, see skipped.txt" if skipped else ""
+    problems = f"; {len(skipped)} problems, see skipped.txt" if skipped else ""
     print(f"{out}: {len(records)} episodes, arrays {', '.join(arrays)}{problems}")
 
 
@@ -412,10 +409,7 @@ class ToyWorld:
         self.held = np.where(touch, distance.argmin(1), np.where(drop, -1, self.held))
         carry = np.flatnonzero(self.held >= 0)
         self.objects[carry, self.held[carry]] += (self.hand - before)[carry, :2]
-        return self.success()
-
-    def success(self):
-        """Both blocks lie on their trays and none is held: (B,) bool."""
+        # success: both blocks lie on their trays and none is held
         rows = np.arange(len(self.held))[:, None]
         blocks = self.objects[rows, self.goals[:, ::2]]  # (B, 2, 2)
         trays = self.objects[rows, 4 + self.goals[:, 1::2]]
@@ -487,22 +481,18 @@ def toy_demonstrate(look, goal, seed):
         if done.get(phase, distance < 0.05) or phase == "retreat":
             plan.pop(0)
             velocity = velocity * (phase == "retreat")
-    end = world.hand.astype(np.float32)
     # all frames are drawn at once, each as a table of its own
     world.hand, world.objects, world.held, actions, phases = map(np.array, zip(*film, strict=True))
-    proprio = world.hand.astype(np.float32)
-    arrays = {"frames": world.frames(slice(None)), "proprio": proprio, "actions": actions}
-    arrays["truth_phase"] = phases.astype(bytes)
-    arrays["truth_motion"] = np.diff(proprio, axis=0, append=end)
+    arrays = {"frames": world.frames(slice(None)), "truth_phase": phases.astype(bytes)}
+    if look == "robot":  # a hand's video is free of actions
+        arrays |= {"proprio": world.hand.astype(np.float32), "actions": actions}
     return arrays
 
 
 def toy_episodes(look, goals):
-    """Demonstrations of these goals, one in eleven held out; a hand's are action-free video."""
+    """Demonstrations of these goals, one in eleven held out."""
     for i, goal in enumerate(goals):
         arrays = toy_demonstrate(look, goal, [int(look == "robot"), i])
-        if look == "hand":
-            del arrays["proprio"], arrays["actions"]
         split = "val" if i >= len(goals) * 10 // 11 else "train"
         yield toy_text(goal), str(GOALS.index(goal)), split, arrays
 
@@ -521,7 +511,7 @@ def pack_toy(out, hand=880, demos=55):
 # ------------------------------------------------------------------------------------- importers
 def natural(name):
     """A sorting key by which demo_10 comes after demo_9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(name))]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(name))]
 
 
 def resize(images, size, fit="crop"):
@@ -546,7 +536,6 @@ def libero_episodes(args, skipped):
             with h5py.File(path) as file:
                 problem = json.loads(file["data"].attrs["problem_info"])
                 text = "".join(problem["language_instruction"]).strip('" ')
-                phases = json.loads(file["data"].attrs.get("phase_names", "[]"))
                 names = sorted(file["data"], key=natural)[: args.demos]
                 if not names or not text:
                     skipped.append(f"{path.name}: no demonstrations, or no sentence")
@@ -556,26 +545,26 @@ def libero_episodes(args, skipped):
                     if len(demo["actions"]) < 3:  # one is lost, as actions[0] has no frame
                         skipped.append(f"{path.name} {name}: too short")
                         continue
-                    actions = demo["actions"][1:].astype(np.float32)
-                    arrays = libero_arrays(demo, actions, phases, args)
-                    beyond += int((np.abs(actions) > 1).sum())
+                    arrays = libero_arrays(demo, args.size)
+                    beyond += int((np.abs(arrays["actions"]) > 1).sum())
                     split = "val" if i >= len(names) - round(args.val * len(names)) else "train"
                     yield text, path.name.removesuffix("_demo.hdf5"), split, arrays
-        except (OSError, KeyError, ValueError, TypeError) as error:
+        except Exception as error:  # h5py raises many kinds
             fail(f"{path} {name}: truncated, or not in LIBERO's format ({error})")
     if beyond:
         print(f"{beyond} numbers of actions lie beyond [-1, 1]; they are kept")
 
 
-def libero_arrays(demo, actions, phases, args):
+def libero_arrays(demo, size):
     """The arrays of a demonstration; a scripted one tells the name of each frame's phase too."""
     obs, arrays = demo["obs"], {}
     for key, camera in (("frames", "agentview_rgb"), ("wrist", "eye_in_hand_rgb")):
         if key == "frames" or camera in obs:  # where images are stored upside down
-            arrays[key] = resize(obs[camera][:-1][:, ::-1], args.size)
+            arrays[key] = resize(obs[camera][:-1][:, ::-1], size)
     body = [obs["joint_states"][:-1], obs["gripper_states"][:-1]]
     arrays["proprio"] = np.concatenate(body, 1).astype(np.float32)
-    arrays["actions"] = actions
+    arrays["actions"] = demo["actions"][1:].astype(np.float32)
+    phases = json.loads(demo.parent.attrs.get("phase_names", "[]"))
     if phases:
         short = [re.split("[:_]", phase)[-1] for phase in phases]  # "2:knob_turn": a turn
         arrays["truth_phase"] = np.array(short, "S32")[demo["phase"][:-1]]
@@ -596,7 +585,7 @@ def read_captions(path, names):
             rows = {row.get("file") or row["id"]: row.get("text") or row["label"] for row in rows}
         rows = {key: caption for key, caption in rows.items() if isinstance(caption, str)}
         found = {VIDEO.sub("", str(key)): caption for key, caption in rows.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:
         fail(f"{path}: no captions with columns id and label ({type(error).__name__} {error})")
     captions = [found.get(name, found.get(Path(name).name, "")) for name in names]
     if not any(captions):
@@ -624,18 +613,17 @@ def read_clip(path, args):
             if stream.codec_context is None:  # PyAV 17 crashes where it has no decoder
                 raise ValueError("no decoder")
             rate = round(float(stream.average_rate or 0))
-            begin, seconds = None, 0
+            times = []
             for frame in video.decode(video=0):
-                now = frame.time or 0  # 0: it has no time stamps
-                begin = now if begin is None else begin
-                seconds = now - begin
+                times.append(frame.time or 0)  # 0: it has no time stamps
+                seconds = times[-1] - times[0]
                 due = int(seconds * args.fps + 1e-6) + 1 if args.fps else len(frames) + 1
                 if due > len(frames):
                     image = frame.to_image().rotate(frame.rotation, expand=True)  # upright
                     frames += [*resize([image], args.size, args.fit)] * (due - len(frames))
-            if 0.9e-6 * (video.duration or 0) > seconds + 1:
+            if times and 0.9e-6 * (video.duration or 0) > times[-1] - times[0] + 1:
                 raise ValueError(f"its header promises {video.duration / 1e6:.1f} seconds")
-    except (av.FFmpegError, OSError, ValueError, IndexError, SyntaxError, TypeError) as error:
+    except Exception as error:  # PyAV and Pillow raise many kinds
         problem = f"unreadable after {len(frames)} frames ({error})"
     if len(frames) < 2 and not problem:
         problem = "fewer than two frames"
@@ -671,23 +659,17 @@ def video_episodes(args, skipped):
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("kind", choices=["toy", "libero", "video"], help="the toy world, LIBERO's HDF5, or videos")
-    add("--out", required=True, help="folder to write; toy: makes OUT/hand and OUT/robot")
-    add("--src", help="folder of .hdf5 files (libero); of videos, image folders, to any depth")
-    add("--size", type=number(int, 16, step=16), default=64, help="image side; toy: always 32")
+    add("kind", choices=["libero", "video"], help="what to read: LIBERO's HDF5, or videos")
+    add("--src", required=True, help="folder of .hdf5 files, or of videos and folders of images")
+    add("--out", required=True, help="folder to write")
+    add("--size", type=number(int, 16, step=16), default=64, help="image side in pixels")
     add("--demos", type=COUNT, help="libero: the first so many demonstrations of each task")
     add("--labels", help="video: captions, a CSV or JSON file")
     add("--fps", type=number(float, 0.1), help="video: frames a second; else as they are")
     add("--fit", choices=["crop", "squash"], default="crop", help="video: the middle, or squeezed")
     add("--workers", type=COUNT, default=os.cpu_count(), help="video: processes that decode")
-    add("--val", type=number(float, 0, 0.5), default=0.1, help="share held out; not for toy")
+    add("--val", type=number(float, 0, 0.5), default=0.1, help="share of the episodes held out")
     args = parser.parse_args()
-    if args.kind == "toy":
-        if Path(args.out, "robot").exists():
-            fail(f"{args.out} is packed already: delete it or choose another --out")
-        return pack_toy(args.out)
-    if not args.src or not Path(args.src).is_dir():
-        fail(f"--src {args.src}: no such folder")
     skipped = []
     episodes = libero_episodes if args.kind == "libero" else video_episodes
     pack(args.out, episodes(args, skipped), skipped=skipped)

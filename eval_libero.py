@@ -3,7 +3,7 @@ Stage 4, evaluation: success rates of policies, in the toy world or in LIBERO, t
 
 LIBERO's protocol, as OpenVLA-OFT and LeRobot run it: an episode starts from one of the benchmark's
 fixed states, rests 10 steps so that objects fall into place, and succeeds when the environment says
-so. The policy decides every --execute steps.
+so. The policy decides at every step in the toy world, at every eighth in LIBERO.
 
     python eval_libero.py                            # toy world: HiLAM and flat, 100 episodes each
     python eval_libero.py --suite libero_object --out out/libero_object --variant hilam --demos 5
@@ -27,7 +27,6 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import groupby
 from multiprocessing.connection import wait
-from operator import itemgetter
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -56,10 +55,9 @@ def get_args():
     add("--suite", choices=LIMITS, default="toy", help="the world to evaluate in")
     add("--variant", nargs="+", default=["hilam", "flat"], help="NAMEs in policy_NAME_DEMOS.pt")
     add("--demos", type=amount, nargs="+", default=[0.1], help="what policy.py had as --demos")
-    add("--out", nargs="+", default=["out/toy"], help="run folders; several (seeds) are pooled")
+    add("--out", type=os.path.realpath, nargs="+", default=["out/toy"], help="run folders, pooled")
     add("--episodes", type=COUNT, default=10, help="episodes a task")
     add("--tasks", type=number(int, 0, 9), nargs="+", help="if not all ten, numbered by names")
-    add("--execute", type=COUNT, help="steps between two decisions, if not 1 (toy) or 8 (LIBERO)")
     add("--max-steps", type=COUNT, help="steps of an episode, if not the suite's")
     add("--clear", type=REAL, default=0.5, help="LIBERO: grip commands within +-this are ignored")
     add("--workers", type=COUNT, default=2, help="LIBERO: simulators, a process each")
@@ -282,7 +280,7 @@ def worker(pipe, jobs, args, policy, execute, device):
     torch.set_num_threads(1)
     try:
         agent = None if args.replay else load_agent(*policy, device)
-        for task, episodes in groupby(jobs, itemgetter(0)):  # a scene is slow to build
+        for task, episodes in groupby(jobs, lambda job: job[0]):  # a scene is slow to build
             scene = Scene(task, args, agent and agent.shape["size"])
             for _, episode in episodes:
                 pipe.send(play(scene, episode, agent, execute))
@@ -373,19 +371,17 @@ def evaluate(args, device, out, name, demos, agent):
     """Roll out a policy (None: a replay) in the episodes that its log lacks; returns a report."""
     toy = args.suite == "toy"
     stem = file_name(args, name, demos) if agent else file_name(args)
-    execute = args.execute or (1 if toy else 8)
+    execute = 1 if toy else 8  # steps between two decisions
     if agent:
         path = Path(out, f"policy_{name}_{demos}.pt")
-        shape = {"size": data.TOY_SIZE, "proprio": 3, "target": 3}
-        if not toy:
-            shape = {"proprio": 9, "target": 7}
+        shape = {"proprio": 3, "target": 3} if toy else {"proprio": 9, "target": 7}
         if not shape.items() <= agent.shape.items():
             fail(f"{path} is of other data than --suite {args.suite}")
         source = data.file_checksum(path)
         execute = min(execute, agent.settings["chunk"])
     else:
         files = sorted(Path(args.replay).glob("*_demo.hdf5"))
-        source = {file.name: file.stat().st_mtime for file in files}
+        source = {file.name: data.file_checksum(file) for file in files}
     settings = {"suite": args.suite, "policy": source, "execute": execute, "limit": args.max_steps}
     settings |= {key: getattr(args, key) for key in ("seed", "clear", "replay", "prompt")}
     if not toy:
@@ -454,9 +450,7 @@ def summarise(reports, suite, path):
 def main():
     args = get_args()
     device, _, _ = data.start(args.device)
-    # what is named twice is no second evidence
-    args.out = list({Path(out).resolve(): out for out in args.out}.values())
-    for key in ("variant", "demos", "tasks"):
+    for key in ("out", "variant", "demos", "tasks"):  # what is named twice is no second evidence
         setattr(args, key, list({str(x): x for x in getattr(args, key) or []}.values()))
     if args.replay:
         if args.suite == "toy" or args.prompt or not list(Path(args.replay).glob("*_demo.hdf5")):
@@ -465,13 +459,11 @@ def main():
     else:  # all policies are there before the first one starts
         runs = [(o, name, d) for o in args.out for d in args.demos for name in args.variant]
         runs = [(*run, load_agent(*run, "cpu")) for run in runs]
-        told = [agent.settings for *_, agent in runs]  # led by skills alone?
-        led = all("made_by" in settings and not settings["low_text"] for settings in told)
-        if args.prompt and (args.suite != "toy" or not led):
-            fail("--prompt: for the toy world, and policies that were pretrained to follow skills")
-        for out, name, _, agent in runs:
-            if args.prompt and model_checksums(out) != agent.settings["made_by"]:
-                fail(f"{out}: lam.pt and skills.pt are not those whose skills {name} has learned")
+        for out, name, _, agent in runs if args.prompt else []:
+            if args.suite != "toy" or agent.settings["low_text"]:
+                fail("--prompt: for the toy world, and policies that are told the skill alone")
+            if model_checksums(out) != agent.settings.get("made_by"):
+                fail(f"{name} has not learned the skills of lam.pt and skills.pt in {out}")
     with tempfile.TemporaryDirectory() as folder:
         if args.suite != "toy":
             if args.episodes > 50:

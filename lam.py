@@ -221,13 +221,11 @@ def summed(array, rows, gap):
 
 def gripper_events(dataset, rows, gap):
     """-1 where the gripper closes between t and t+k, 1 where it opens, else 0; None if unknown."""
-    if dataset.open("truth_motion") is not None:
-        change = summed(dataset.open("truth_motion"), rows, gap)[:, 2]
-    elif dataset.proprio is not None and dataset.proprio.shape[1] == 9:  # LIBERO: 7 joints, fingers
-        opening = dataset.proprio[:, -2] - dataset.proprio[:, -1]
-        change = (opening[rows + gap] - opening[rows]) / max(np.ptp(opening), 1e-6)
-    else:
+    numbers = 0 if dataset.proprio is None else dataset.proprio.shape[1]
+    if numbers not in (3, 9):  # the toy world: x, y, opening; LIBERO: 7 joints, 2 fingers
         return None
+    opening = dataset.proprio[:, 2] if numbers == 3 else dataset.proprio[:, -2:] @ [1, -1]
+    change = (opening[rows + gap] - opening[rows]) / max(np.ptp(opening), 1e-6)
     return np.sign(change) * (np.abs(change) > 0.05)  # of the whole way
 
 

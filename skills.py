@@ -39,7 +39,7 @@ def get_args():
     add("--skill", choices=["plan", "ahead", "first"], default="plan", help="the paper: first")
     add("--width", type=WIDTH, default=64, help="of a vector")
     add("--layers", type=COUNT, default=4, help="blocks in an encoder, a decoder; twice at the top")
-    add("--rec", type=REAL, default=0.1, help="weight of L_rec; 0: off")
+    add("--rec", type=REAL, default=0.1, help="weight of L_rec")
     add("--ratio", type=REAL, default=0.1, help="weight of L_ratio; H-Net: 0.03")
     add("--slow", type=SHARE, nargs=2, default=[0.03, 0.1], help="lr shares: embed, k; encoders")
     add("--batch", type=COUNT, default=16, help="episodes a step, equally of each set")
@@ -59,18 +59,16 @@ def ste(c):
 
 def route(q, k, mask, least=1, apart=1):
     """Boundary probability p_t and boundaries b_t, (B, L), of q, k (B, L, D) (H-Net, eq. 4).
-    No chunk is shorter than least or apart: where vectors overlap, k_t meets q_{t-apart}."""
+    No chunk is shorter than least; where vectors overlap, k_t meets q_{t-apart}."""
     at = torch.arange(1, q.shape[1], device=q.device)
     before, now = q[:, (at - apart).clamp_min(0)], k[:, 1:]
     norms = torch.linalg.vecdot(before, before) * torch.linalg.vecdot(now, now)
     cosine = torch.linalg.vecdot(before, now) * norms.clamp_min(1e-16).rsqrt()  # cos(q_{t-1}, k_t)
     p = F.pad((1 - cosine) / 2, (1, 0), value=1.0)  # p_1 = 1
     boundary = (p >= 0.5) & mask
-    shortest = max(least, apart)
-    if shortest > 1:
+    if least > 1:
         for t in range(1, p.shape[1]):  # no boundary soon after the last one
-            recent = boundary[:, max(0, t + 1 - shortest) : t]
-            boundary[:, t] &= ~recent.any(1)
+            boundary[:, t] &= ~boundary[:, max(0, t + 1 - least) : t].any(1)
     return p, boundary
 
 
@@ -144,7 +142,7 @@ class Stage(nn.Module):
 
     def __init__(self, width, stages, layers, least=1, apart=1):
         super().__init__()
-        self.limits = (least, apart)
+        self.limits = (max(least, apart), apart)
         self.encoder = stack(layers, width).append(nn.RMSNorm(width, elementwise_affine=False))
         self.decoder = stack(layers, width)
         self.q = nn.Linear(width, width, bias=False)
@@ -238,20 +236,18 @@ def load_rows(dataset, out, name):
     path = Path(out, f"{name}.{dataset.name}.npy")
     stage = "lam" if name == "latents" else "skills"
     record = Path(out, f"{stage}.pt")
-    settings = data.load_checkpoint(record, stage)["settings"]
-    again = f"delete {record}, run `python {stage}.py` again"
-    if dataset.checksum() not in settings["data"]:
+    again = f"delete it, run `python {stage}.py` again"
+    made_from = data.load_checkpoint(record, stage)["settings"]["data"]
+    if dataset.checksum() not in made_from:
         fail(f"{record} was not made from {dataset.path} as it is now: {again}")
     try:
         rows = np.load(path)
         if len(rows) != dataset.total or not np.isfinite(rows).all():
             raise ValueError
     except (OSError, ValueError, EOFError):
-        fail(f"{path} is missing, damaged or of other data: run `python {stage}.py` again")
-    if stage == "skills":
-        made_from = settings["latents"].get(dataset.name)
-        if made_from != data.checksum(load_rows(dataset, out, "latents")):
-            fail(f"{record} was made from other latents: {again}")
+        fail(f"{path} is missing, damaged or of other data: {again}")
+    if stage == "skills" and data.checksum(load_rows(dataset, out, "latents")) not in made_from:
+        fail(f"{record} was made from other latents: {again}")
     return rows
 
 
@@ -450,25 +446,22 @@ def main():
         shares[args.slow[1] if "encoder" in name else share].append(parameter)
     groups = [{"params": parameters, "share": share} for share, parameters in shares.items()]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.01)
-    made_from = {d.name: data.checksum(z) for d, z in zip(sets, raw, strict=True)}
-    settings = vars(args) | {"data": [d.checksum() for d in sets], "latents": made_from}
+    made_from = [d.checksum() for d in sets] + [data.checksum(z) for z in raw]
+    settings = vars(args) | {"data": made_from}
     path = Path(args.out, "skills.pt")
     first, log = data.resume(path, "skills", settings, model, optimizer, "skills[0-9].*.npy")
     seen, begin = [], time.time()
     for step in tqdm(range(first, args.steps), "skills", disable=None):
-        rng = np.random.default_rng([args.seed, step])  # chance hangs on seed and step alone, so
-        torch.manual_seed(args.seed * 1_000_003 + step)  # a resumed run repeats itself exactly
+        rng = np.random.default_rng([args.seed, step])  # so a resumed run repeats itself exactly
         cosine = 0.525 + 0.475 * math.cos(math.pi * step / args.steps)  # from 1 to a twentieth
         for group in optimizer.param_groups:
             group["lr"] = group["share"] * args.lr * cosine * min(1, (step + 1) / 100)
         z, mask, rows = get_batch(sets, latents, episodes, lam.gap, args, rng, device)
         prediction, routings = model(z, mask)
-        loss = (prediction[:, :-1] - z[:, 1:]).abs()[mask[:, 1:]].mean()  # L_latent, l1
-        row = {"step": step + 1, "L_latent": loss.item()}
-        if args.rec:
-            l_rec = reconstruction(lam, prediction, mask, rows, sets, scale, rng)
-            loss = loss + args.rec * l_rec
-            row["L_rec"] = l_rec.item()
+        l_latent = (prediction[:, :-1] - z[:, 1:]).abs()[mask[:, 1:]].mean()  # l1
+        l_rec = reconstruction(lam, prediction, mask, rows, sets, scale, rng)
+        loss = l_latent + args.rec * l_rec
+        row = {"step": step + 1, "L_latent": l_latent.item(), "L_rec": l_rec.item()}
         for s, (routing, n) in enumerate(zip(routings, args.chunk, strict=True), 1):
             l_ratio, f, g = ratio_loss(routing.boundary, routing.probability, routing.mask, n)
             loss = loss + args.ratio * l_ratio

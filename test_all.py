@@ -47,6 +47,7 @@ STAGES |= {"out/toy/policy_pretrain_skills1_latents": policy, "out/toy/policy_hi
 LAM = {"wrist": False, "gap": 4, "latent": 4, "width": 8, "odd": False}
 POLICY = {"width": 16, "channels": 8, "patch": 4, "chunk": 4}
 FRAMES, TEXTS = "data/toy/hand/frames.bin", "data/toy/robot/episodes.json"
+ACTIONS = "data/toy/robot/actions.bin"
 FIRST, LATENTS = "out/toy/lam.pt", "out/toy/latents.hand.npy"
 RECORDS = "out/toy/eval_toy_hilam_1_tasks0-3-5.jsonl"
 PROMPT = ["--variant", "hilam", "--prompt", "video"]
@@ -158,7 +159,7 @@ def trained(tmp_path_factory):
         for script in (lam, skills, policy):
             run(script)
         run(policy, "--variant", "flat")
-        run(eval_libero, "--execute", 2)
+        run(eval_libero)
     return folder
 
 
@@ -169,15 +170,7 @@ def folder(trained, tmp_path):
 
 
 # -------------------------------------------------------------------------- H-Net and its skills
-def test_ste_is_one_forward_and_the_identity_backward():
-    c = torch.tensor([0.2, 0.9], requires_grad=True)
-
-    skills.ste(c).backward(torch.tensor([3.0, -5.0]))
-
-    assert skills.ste(c).tolist() == [1, 1] and c.grad.tolist() == [3, -5]
-
-
-@pytest.mark.parametrize("least, apart", [(1, 1), (4, 1), (1, 3)])
+@pytest.mark.parametrize("least, apart", [(1, 1), (4, 1), (3, 3)])
 def test_route_equals_the_loop(least, apart):
     q, k = noise(2, 20, 3).requires_grad_(), noise(2, 20, 3, seed=1).requires_grad_()
     mask = masked([20, 9], 20)
@@ -188,7 +181,7 @@ def test_route_equals_the_loop(least, apart):
     for b, t in np.ndindex(2, 20):
         if t > 0:
             loop[b, t] = (1 - torch.cosine_similarity(q[b, max(0, t - apart)], k[b, t], 0)) / 2
-        recent = boundary[b, max(0, t - max(least, apart) + 1) : t].any()
+        recent = boundary[b, max(0, t - least + 1) : t].any()
         assert boundary[b, t] == (loop[b, t] >= 0.5 and mask[b, t] and not recent)
     torch.testing.assert_close(p, loop)
     found, true = (torch.autograd.grad(out.sum(), (q, k)) for out in (p, loop))
@@ -228,36 +221,22 @@ def test_ratio_loss_counts_no_padding(count, g, n, loss):
 
 @HNETS
 @pytest.mark.parametrize("t", [1, 6, 8])
-def test_hnet_is_causal(stages, gap, t):
-    model, mask = hnet(stages, gap), masked([24, 15, 9], 24)
-    z, changed = noise(3, 24, 5), noise(3, 24, 5)
+@pytest.mark.parametrize("ends", [False, True])
+def test_hnet_sees_neither_the_future_nor_padding(stages, gap, t, ends):
+    model, z, changed = hnet(stages, gap), noise(3, 24, 5), noise(3, 24, 5)
     changed[:, t] = noise(3, 5, seed=1)
+    mask = masked([24, 15, 9], 24)
+    other_mask = masked([t] * 3, 24) if ends else mask  # episodes that end before t, or go on
 
     before, routings = model(z, mask)
-    after, others = model(changed, mask)
+    after, others = model(changed, other_mask)
 
     torch.testing.assert_close(before[:, :t], after[:, :t], rtol=1e-4, atol=1e-4)
     assert (before - after)[:, t:].abs().amax((1, 2)).min() > 1e-2
     marks, other_marks = skills.frame_rate(routings)[0], skills.frame_rate(others)[0]
-    assert all(torch.equal(a[:, :t], b[:, :t]) for a, b in zip(marks, other_marks, strict=True))
-    assert 1 < marks[-1][0].sum() < 24
-
-
-@HNETS
-@pytest.mark.parametrize("rows, length", [([0, 1, 2], 24), ([0, 1, 2], 33), ([2], 9)])
-def test_hnet_is_blind_to_padding(stages, gap, rows, length):
-    model = hnet(stages, gap)
-    z, mask = noise(3, 24, 5), masked([24, 15, 9], 24)
-    other, other_mask = noise(3, 33, 5, seed=1), masked([24, 15, 9], length)[rows]
-    other[:, :24][mask] = z[mask]
-
-    before, routings = model(z, mask)
-    after, others = model(other[rows, :length], other_mask)
-
-    torch.testing.assert_close(before[rows][mask[rows]], after[other_mask], rtol=1e-4, atol=1e-4)
-    marks, other_marks = skills.frame_rate(routings)[0], skills.frame_rate(others)[0]
     for a, b in zip(marks, other_marks, strict=True):
-        assert torch.equal(a[rows][mask[rows]], b[other_mask]) and not b[~other_mask].any()
+        assert torch.equal(a[:, :t], b[:, :t]) and not (b & ~other_mask).any()
+    assert 1 < marks[-1][0].sum() < 24
 
 
 def test_reconstruction_compares_the_frame_drawn_with_the_predicted_latent(dataset):
@@ -381,11 +360,10 @@ def test_encode_writes_latents_where_there_is_a_frame_t_plus_k_and_zeros_elsewhe
 
 
 def test_probe_reads_the_action_from_true_motion_and_nothing_from_chance(trained):
-    sets = [data.Packed(trained / path) for path in data.TOY_SETS]
-    motion = [np.array(dataset.open("truth_motion")) for dataset in sets]
-    chance = [noise(dataset.total, 8).numpy() for dataset in sets]
+    robot = data.Packed(trained / "data/toy/robot")
+    motion, chance = np.diff(robot.proprio, axis=0, append=0), noise(robot.total, 8).numpy()
 
-    known, unknown = lam.probe(sets, motion, 1), lam.probe(sets, chance, 1)
+    known, unknown = lam.probe([robot], [motion], 1), lam.probe([robot], [chance], 1)
 
     assert min(*known["action_r2"][:2], known["gripper_f1"]) > 0.9
     assert max(*unknown["action_r2"], unknown["gripper_f1"]) < 0.3
@@ -508,16 +486,6 @@ def test_episode_unlike_what_the_stages_expect_is_not_packed(capsys, split, chan
         data.pack("set", [("", "a", "train", good), ("", "a", split, good | change)])
 
     assert message in capsys.readouterr().err and not Path("set").exists()
-
-
-@pytest.mark.parametrize("name", ["frames.bin", "actions.bin", "episodes.json"])
-def test_checksum_of_a_set_tells_when_a_file_of_it_has_changed(dataset, name):
-    before, path = dataset.checksum("actions"), Path("set", name)
-    content = path.read_bytes()
-
-    path.write_bytes(content.replace(b"val", b"x") if path.suffix == ".json" else content[::-1])
-
-    assert data.Packed("set").checksum("actions") != before
 
 
 @pytest.mark.parametrize("name, content", [("a.npy", np.eye(50)), ("a.pt", torch.eye(50))])
@@ -678,7 +646,7 @@ def test_clips_that_cannot_be_read_or_compared_are_named(capsys):
     skipped = Path("set/skipped.txt").read_text().splitlines()
     assert [line.split(":")[0] for line in skipped] == ["bad", "half", "still"]
     printed = capsys.readouterr().out
-    assert "3 unreadable in part" in printed and "[2, 10] frames a second are mixed" in printed
+    assert "3 problems" in printed and "[2, 10] frames a second are mixed" in printed
 
 
 # ------------------------------------------------------------------------- training and resuming
@@ -755,9 +723,10 @@ def test_gripper_holds_the_last_clear_command_for_as_many_steps_as_are_left():
 def test_interrupted_evaluation_goes_on_and_counts_a_success_at_once(folder, monkeypatch):
     log = Path(RECORDS)
     log.write_text(log.read_text().splitlines(keepends=True)[0])
-    monkeypatch.setattr(data.ToyWorld, "success", lambda w: (w.goals != data.TASKS[5]).any(1))
+    step, goal = data.ToyWorld.step, data.TASKS[5]
+    monkeypatch.setattr(data.ToyWorld, "step", lambda w, a: step(w, a) | (w.goals != goal).any(1))
 
-    run(eval_libero, "--execute", 2)
+    run(eval_libero)
 
     records = [json.loads(line) for line in log.read_text().splitlines()]
     found = [(record["task"], record["success"], record["steps"]) for record in records]
@@ -886,29 +855,25 @@ def test_libero_is_evaluated_in_workers_and_reported(libero):
     "damage, script, words, message",
     [
         (None, lam, ["--data", "nowhere"], "nowhere is no packed dataset"),
-        (lambda: os.remove(FRAMES), lam, [], "frames.bin has 0 bytes"),
+        (lambda: os.remove(FRAMES), lam, [], "frames.bin is missing"),
         (None, lam, ["--width", 12], "in steps of 8"),
         (None, lam, ["--latent", 1], "--latent"),
-        (None, lam, ["--steps", 0], "--steps"),
         (None, lam, ["--seed", -1], "--seed"),
-        (None, lam, ["--gap", 0], "--gap"),
         (None, lam, ["--gap", 500], "--gap 500 is longer than all episodes"),
         (None, lam, ["--lr", "inf"], "--lr"),
         (None, lam, ["--lr", 1e30, "--out", "new"], "the gradient is"),
         (None, lam, ["--device", "cuda:99"], "--device cuda:99"),
-        (None, skills, ["--layers", 0], "--layers"),
         (None, skills, ["--chunk", 1, 3], "--chunk"),
-        (None, data, ["libero", "--src", "nowhere"], "no such folder"),
+        (None, data, ["libero", "--src", "nowhere"], "no .hdf5"),
         (None, data, ["libero", "--src", "data", "--demos", -3], "--demos"),
-        (None, data, ["toy", "--val", 0.7], "--val"),
+        (None, data, ["video", "--src", "data", "--val", 0.7], "--val"),
         (None, data, ["video", "--src", "data"], "no .mp4"),
         (None, policy, ["--patch", 5], "--patch 5"),
-        (None, policy, ["--demos", 1.5], "--demos"),
-        (None, policy, ["--demos", 0], "--demos"),
+        (None, policy, ["--demos", 1.5], "1.5 is not from 1e-06 to 1"),
         (None, policy, ["--variant", "flat", "--demos", 99], "--demos 99: task"),
         (None, policy, ["--video", "puppet"], "choose from hand, robot"),
         (None, policy, ["--variant", "flat", "--tasks", 10], "there are 10 tasks"),
-        (None, eval_libero, ["--variant", "flat", "--prompt", "video"], "to follow skills"),
+        (None, eval_libero, ["--variant", "flat", "--prompt", "video"], "has not learned"),
         (None, eval_libero, ["--demos", 7], "policy_hilam_7.pt"),
         (None, eval_libero, ["--suite", "libero_object"], "pip install"),
         (lambda: shutil.copy(FIRST, "out/toy/skills.pt"), skills, [], "not of skills"),
@@ -920,10 +885,11 @@ def test_libero_is_evaluated_in_workers_and_reported(libero):
         (lambda: os.truncate(LATENTS, 999), skills, [], "run `python lam.py`"),
         (lambda: np.save(LATENTS, np.load(LATENTS) + 1), policy, [], "made from other latents"),
         (lambda: replace_bytes(FRAMES, b"\xba", b"\xbb"), skills, [], "as it is now"),
-        (lambda: shutil.copy(FIRST, "out/toy/skills.pt"), eval_libero, PROMPT, "are not those"),
+        (lambda: shutil.copy(FIRST, "out/toy/skills.pt"), eval_libero, PROMPT, "has not learned"),
         (lambda: Path(RECORDS).write_text("7\n"), eval_libero, [], f"{RECORDS} is damaged"),
-        (lambda: np.save(LATENTS, np.load(LATENTS) + 1), skills, [], "was trained with"),
         (lambda: replace_bytes(TEXTS, b"black", b"green"), policy, [], "trained with data"),
+        (lambda: replace_bytes(ACTIONS, b"\x80", b"\x81"), policy, [], "trained with data"),
+        (lambda: replace_bytes(TEXTS, b'"val"', b'"train"'), skills, [], "as it is now"),
         (lambda: np.save("out/toy/skills1.robot.npy", np.eye(3)), policy, [], "`python skills.py`"),
         (lambda: os.truncate(write_libero(), 9000), data, ["libero"], "stove_demo.hdf5"),
         (lambda: write_libero(**{"obs/agentview_rgb": None}), data, ["libero"], "agentview_rgb"),
