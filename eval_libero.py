@@ -348,15 +348,12 @@ def read_log(log, settings):
     """The lines of a log (.jsonl), and what they hold under these settings:
     {(task, episode): record}."""
     lines = log.read_text().splitlines() if log.exists() else []
-    records = {}
-    for line in lines:
-        try:
-            record = json.loads(line)
-            if record.pop("settings") == settings:
-                records[record["task"], record["episode"]] = record
-        except (ValueError, KeyError, TypeError, AttributeError):
-            fail(f"{log} is damaged: delete it, or its line {line[:40]!r}")
-    return lines, records
+    try:
+        known = [json.loads(line) for line in lines]
+        ours = [record for record in known if record["settings"] == settings]
+        return lines, {(record["task"], record["episode"]): record for record in ours}
+    except (ValueError, KeyError, TypeError) as error:
+        fail(f"{log} is damaged ({error}): delete it")
 
 
 def file_name(args, *words):
@@ -380,7 +377,7 @@ def evaluate(args, device, out, name, demos, agent):
         source = data.file_checksum(path)
         execute = min(execute, agent.settings["chunk"])
     else:
-        files = sorted(Path(args.replay).glob("*_demo.hdf5"))
+        files = Path(args.replay).glob("*_demo.hdf5")
         source = {file.name: data.file_checksum(file) for file in files}
     settings = {"suite": args.suite, "policy": source, "execute": execute, "limit": args.max_steps}
     settings |= {key: getattr(args, key) for key in ("seed", "clear", "replay", "prompt")}
@@ -411,8 +408,8 @@ def evaluate(args, device, out, name, demos, agent):
         if film and (task, success) not in seen:
             save_film(Path(out, f"{stem}_task{task}_{outcome}.gif"), film, 100 if toy else 300)
         record = {"task": task, "episode": episode, "success": success, "steps": steps}
-        records[task, episode] = record
-        lines.append(json.dumps(record | {"settings": settings}))
+        records[task, episode] = record | {"settings": settings}
+        lines.append(json.dumps(records[task, episode]))
         write(log, "\n".join(lines) + "\n")
     won = [task for task, episode in wanted if records[task, episode]["success"]]
     report = {"variant": name, "demos": demos} | rate(len(won), len(wanted))
