@@ -226,8 +226,8 @@ def resume(path, stage, settings, model, optimizer, made):
 # ------------------------------------------------------------------------------ the packed dataset
 class Packed:
     """A packed dataset, memory-mapped: frames, wrist, proprio and actions over all T rows, None
-    where it has none; start and length (E,), the first row and the number of rows of each episode;
-    last (T,), the last row of each row's episode."""
+    where it has none; start, length and splits (E,): each episode's first row, number of rows, and
+    train or val; last (T,), the last row of each row's episode."""
 
     def __init__(self, path):
         self.path = Path(path)

@@ -371,7 +371,9 @@ def evaluate(args, device, out, name, demos, agent):
     execute = 1 if toy else 8  # steps between two decisions
     if agent:
         path = Path(out, f"policy_{name}_{demos}.pt")
-        shape = {"proprio": 3, "target": 3} if toy else {"proprio": 9, "target": 7}
+        shape = {"size": data.TOY_SIZE, "proprio": 3, "target": 3}
+        if not toy:
+            shape = {"proprio": 9, "target": 7}
         if not shape.items() <= agent.shape.items():
             fail(f"{path} is of other data than --suite {args.suite}")
         source = data.file_checksum(path)

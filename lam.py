@@ -222,9 +222,12 @@ def summed(array, rows, gap):
 def gripper_events(dataset, rows, gap):
     """-1 where the gripper closes between t and t+k, 1 where it opens, else 0; None if unknown."""
     numbers = 0 if dataset.proprio is None else dataset.proprio.shape[1]
-    if numbers not in (3, 9):  # the toy world: x, y, opening; LIBERO: 7 joints, 2 fingers
+    if numbers == 9:  # LIBERO: 7 joints, 2 fingers
+        opening = dataset.proprio[:, -2] - dataset.proprio[:, -1]
+    elif numbers == 3 and "truth_phase" in dataset.arrays:  # the toy world: x, y, opening
+        opening = dataset.proprio[:, 2]
+    else:
         return None
-    opening = dataset.proprio[:, 2] if numbers == 3 else dataset.proprio[:, -2:] @ [1, -1]
     change = (opening[rows + gap] - opening[rows]) / max(np.ptp(opening), 1e-6)
     return np.sign(change) * (np.abs(change) > 0.05)  # of the whole way
 
