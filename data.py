@@ -272,18 +272,6 @@ class Packed:
         ends = self.start + self.length - gap
         return np.concatenate([np.arange(self.start[e], ends[e]) for e in episodes])
 
-    def images(self, rows, cameras, device):
-        """Frames, and the wrist camera's where cameras is 2: (B, cameras, 3, S, S) in [0, 1]."""
-        if cameras > 1 and self.wrist is None:
-            fail(f"{self.path} has no wrist camera")
-        return to_images([view[rows] for view in (self.frames, self.wrist)[:cameras]], device)
-
-
-def to_images(views, device):
-    """Frames (B, S, S, 3) uint8 of each camera as networks see them: (B, cameras, 3, S, S)."""
-    pixels = torch.from_numpy(np.stack(views, 1)).to(device)
-    return pixels.permute(0, 1, 4, 2, 3).float() / 255
-
 
 def open_sets(paths):
     """Packed datasets, checked to fit each other. The toy world is packed when it is missing."""

@@ -286,9 +286,8 @@ def worker(pipe, jobs, args, policy, execute, device):
                 pipe.send(play(scene, episode, agent, execute))
             scene.env.close()
     except Exception as error:
-        problem = " ".join(str(error).split())[:200]
         with suppress(OSError):  # where nobody listens any more
-            pipe.send(f"{type(error).__name__}: {problem}")
+            pipe.send(f"{type(error).__name__}: {error}")
     os._exit(0)  # skips the simulator's noisy destructors
 
 

@@ -54,6 +54,12 @@ def get_args():
 
 
 # ----------------------------------------------------------------------------------------- models
+def to_images(views, device):
+    """Frames (B, S, S, 3) uint8 of each camera as networks see them: (B, cameras, 3, S, S)."""
+    pixels = torch.from_numpy(np.stack(views, 1)).to(device)
+    return pixels.permute(0, 1, 4, 2, 3).float() / 255
+
+
 class ConvBlock(nn.Module):
     """3x3 convolution, GroupNorm, FiLM by a condition (B, C) if it is built with one, SiLU:
     (B, inside, H, W) -> (B, outside, H / stride, W / stride)."""
@@ -157,7 +163,8 @@ class LAM(nn.Module):
 
     def frames(self, dataset, rows, device):
         """Rows of a packed set as both models see them, all cameras' colours: (B, C, S, S)."""
-        return dataset.images(rows, self.cameras, device).flatten(1, 2)
+        views = [view[rows] for view in (dataset.frames, dataset.wrist)[: self.cameras]]
+        return to_images(views, device).flatten(1, 2)
 
 
 def load_lam(out, dataset, device):
@@ -345,6 +352,8 @@ def main():
     device, rank, world = data.start(args.device)
     torch.manual_seed(args.seed)
     sets = data.open_sets(args.data)
+    if args.wrist and any(dataset.wrist is None for dataset in sets):
+        fail("--wrist: not all of the sets have a wrist camera")
     rows = [dataset.rows(dataset.split("train"), args.gap) for dataset in sets]
     held_out = [dataset.rows(dataset.split("val"), args.gap) for dataset in sets]
     if min(map(len, rows + held_out)) == 0:

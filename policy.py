@@ -16,7 +16,7 @@ actions in chunks. The flat baseline is pi_l alone, told the text.
     python policy.py --variant flat_z0  # pretrained on the same video, but without hierarchy
 
 Writes to OUT: policy_NAME_DEMOS.pt .json .png (actions of a held-out demonstration) and a log with
-its curve; policy_pretrain_... and its log; NAME is the variant with --video, lowtext, --tasks.
+its curve; policy_pretrain_... and its log; NAME is the variant with lowtext and --tasks.
 """
 
 import functools
@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import data
 from data import COUNT, REAL, WIDTH, fail, natural, number, write
-from lam import ConvBlock, warp
+from lam import ConvBlock, to_images, warp
 from skills import load_rows, model_checksums, stack
 
 # The rows of the paper's Table 1, and flat: the arrays in OUT that pi_h (None: there is none) and
@@ -65,7 +65,6 @@ def get_args():
     add("--demos", type=amount, default=0.1, help="labelled demonstrations a task: 5, or share 0.1")
     add("--tasks", type=number(int, 0), nargs="+", help="labelled tasks, numbered by their names")
     add("--pretrain-steps", type=COUNT, default=2500, help="besides --steps of fine-tuning")
-    add("--video", nargs="+", help="names of the sets to pretrain on, if not all of --data")
     add("--low-text", action="store_true", help="tell pi_l the text as well as the skill")
     add = parser.add_argument_group("model and training").add_argument
     add("--chunk", type=COUNT, default=10, help="actions predicted at once; BAKU: 10")
@@ -80,7 +79,7 @@ def get_args():
     add("--bf16", action="store_true", help="compute in bfloat16 where it is safe: for GPUs")
     add("--compile", action="store_true", help="torch.compile the networks: for GPUs")
     args = parser.parse_args()
-    args.tasks, args.video = sorted(set(args.tasks or [])), sorted(set(args.video or []))
+    args.tasks = sorted(set(args.tasks or []))
     return args
 
 
@@ -234,7 +233,7 @@ class Agent(nn.Module):
         """Arrays of frames and wrist (B, S, S, 3) uint8 or None, proprio (B, P), B sentences, and
         perhaps a skill (B, D) in place of pi_h's -> a chunk of actions, an array (B, chunk, A)."""
         device = self.target_mean.device
-        images = data.to_images([frames, wrist][: self.shape["cameras"]], device)
+        images = to_images([frames, wrist][: self.shape["cameras"]], device)
         tokens = torch.stack([tokenize(text) for text in texts]).to(device)
         proprio = torch.from_numpy(proprio).float().to(device)
         if skill is None:
@@ -264,7 +263,8 @@ def get_batch(labels, count, chunk, rng, device):
         t = rng.choice(rows, max(1, count // len(labels)))
         after = t[:, None] + np.arange(chunk)  # (B, chunk)
         episodes = np.searchsorted(dataset.start, t, side="right") - 1
-        part = {"images": dataset.images(t, cameras, "cpu"), "tokens": tokens[episodes]}
+        views = [view[t] for view in (dataset.frames, dataset.wrist)[:cameras]]
+        part = {"images": to_images(views, "cpu"), "tokens": tokens[episodes]}
         part["mask"] = torch.from_numpy(after <= dataset.last[t][:, None] - gap)
         for name, array in arrays.items():
             at = np.minimum(after, dataset.total - 1) if name == "target" else t
@@ -310,12 +310,9 @@ def prepare_pretraining(args, sets, shape):
     """A new agent of shape, and the video with its pseudo-labels."""
     skill, action = VARIANTS[args.variant]
     gap = data.load_checkpoint(Path(args.out, "lam.pt"), "lam")["settings"]["gap"]
-    video = [d for d in sets if not args.video or d.name in args.video]
-    if args.video and len(video) < len(args.video):
-        fail(f"--video {' '.join(args.video)}: choose from {', '.join(d.name for d in sets)}")
-    cameras = min(shape["cameras"], 1 + all(d.wrist is not None for d in video))
+    cameras = min(shape["cameras"], 1 + all(d.wrist is not None for d in sets))
     labels = []
-    for d in video:
+    for d in sets:
         arrays = {"target": load_rows(d, args.out, action)}
         if skill:
             arrays["true_skill"] = load_rows(d, args.out, skill)
@@ -386,7 +383,7 @@ def report(args, name, agent, dataset):
 
 def run_name(args, phase):
     """The name of a phase's files. Several fine-tunings share a pretraining."""
-    parts = [*args.video, *["lowtext"] * args.low_text]
+    parts = ["lowtext"] if args.low_text else []
     if phase == "pretrain":
         return "_".join(["policy_pretrain", *filter(None, VARIANTS[args.variant]), *parts])
     if args.tasks:
