@@ -5,7 +5,7 @@ A packed dataset is a folder of flat arrays over all T frames of all episodes, l
 train.bin, and an episodes.json that says where each episode starts:
     frames.bin   (T, S, S, 3) uint8       wrist.bin    (T, S, S, 3) uint8, a second camera
     actions.bin  (T, A) float32           proprio.bin  (T, P) float32, what the body feels
-    truth_*.bin  what a scripted demonstrator knows (its phase): to measure with only
+    truth_*.bin  a scripted demonstrator's phase, a gripper's opening: to measure with only
 All but frames may be missing: without actions it is action-free video. Stages 1 and 2 add arrays
 of the same length, so frame t, its latent, its skill and its action t are the same row.
 
@@ -170,7 +170,7 @@ def stop_unless_finite(norm, step, path):
 
 
 def checksum(*arrays):
-    """Checksum of a thousand rows of each array: tells whether a run goes on with the same data."""
+    """Checksum of up to a thousand rows of each array: does a run go on with the same data?"""
     parts = [array[:: 1 + len(array) // 1000].tobytes() for array in arrays]
     return zlib.crc32(b"".join(parts))
 
@@ -275,7 +275,7 @@ class Packed:
 
 def open_sets(paths):
     """Packed datasets, checked to fit each other. The toy world is packed when it is missing."""
-    if list(paths) == TOY_SETS and not all(Path(path).exists() for path in paths):
+    if any(path in TOY_SETS and not Path(path).exists() for path in paths):
         pack_toy("data/toy")
     sets = [Packed(path) for path in paths]
     if len({dataset.name for dataset in sets}) < len(sets):
@@ -285,7 +285,7 @@ def open_sets(paths):
         if len(set(map(str, shapes.values()))) > 1:
             fail(f"{key} differ in shape, as of different robots or --size: {shapes}")
     for dataset in sets:
-        if "val" not in dataset.splits:
+        if len(set(dataset.splits)) == 1:
             print(f"{dataset.name}: none is held out; figures are on training episodes")
     return sets
 
@@ -298,9 +298,11 @@ def check_array(key, value, frames, where):
         right &= value.shape == square and value.dtype == np.uint8
     elif key in ("proprio", "actions"):
         right &= value.ndim == 2 and value.dtype == np.float32 and np.isfinite(value).all()
+    elif not key.startswith("truth_"):
+        right = False
     if not right:
-        expected = "images uint8 (T, S, S, 3), proprio and actions float32 (T, D) without NaN"
-        fail(f"{where}: {key} {value.dtype} {value.shape} beside {len(frames)} frames: {expected}")
+        expected = "frames, wrist uint8 (T, S, S, 3); proprio, actions float32 (T, D), no NaN"
+        fail(f"{where}: {key} {value.dtype} {value.shape} beside {len(frames)} frames; {expected}")
 
 
 def pack(out, episodes, total=None, skipped=()):
@@ -316,9 +318,10 @@ def pack(out, episodes, total=None, skipped=()):
         part.mkdir()
         for text, task, split, episode in tqdm(episodes, str(out), total, disable=None):
             where = f"{task}, episode {len(records)}"
-            kinds = {}
+            episode = {key: np.asarray(value) for key, value in episode.items()}
+            frames, kinds = episode.get("frames", np.zeros(0)), {}
             for key, value in episode.items():
-                check_array(key, value, episode["frames"], where)
+                check_array(key, value, frames, where)
                 kinds[key] = {"dtype": value.dtype.str, "shape": list(value.shape[1:])}
                 with open(part / f"{key}.bin", "ab") as file:
                     file.write(value.tobytes())
@@ -474,6 +477,7 @@ def toy_demonstrate(look, goal, seed):
     arrays = {"frames": world.frames(slice(None)), "truth_phase": phases.astype(bytes)}
     if look == "robot":  # a hand's video is free of actions
         arrays |= {"proprio": world.hand.astype(np.float32), "actions": actions}
+        arrays["truth_opening"] = arrays["proprio"][:, 2]
     return arrays
 
 
@@ -549,8 +553,9 @@ def libero_arrays(demo, size):
     for key, camera in (("frames", "agentview_rgb"), ("wrist", "eye_in_hand_rgb")):
         if key == "frames" or camera in obs:  # where images are stored upside down
             arrays[key] = resize(obs[camera][:-1][:, ::-1], size)
-    body = [obs["joint_states"][:-1], obs["gripper_states"][:-1]]
-    arrays["proprio"] = np.concatenate(body, 1).astype(np.float32)
+    joints, fingers = obs["joint_states"][:-1], obs["gripper_states"][:-1]
+    arrays["proprio"] = np.concatenate([joints, fingers], 1).astype(np.float32)
+    arrays["truth_opening"] = (fingers[:, 0] - fingers[:, 1]).astype(np.float32)
     arrays["actions"] = demo["actions"][1:].astype(np.float32)
     phases = json.loads(demo.parent.attrs.get("phase_names", "[]"))
     if phases:
@@ -620,12 +625,14 @@ def read_clip(path, args):
 
 def video_episodes(args, skipped):
     """Episodes of video files and image folders, named by path; problems are added to skipped."""
-    found = [Path(args.src), *sorted(Path(args.src).rglob("*"), key=natural)]
+    root = Path(args.src)
+    found = [root, *sorted(root.rglob("*"), key=natural)]
     folders = {path.parent for path in found if IMAGE.search(path.name)}
     files = [path for path in found if VIDEO.search(path.name) or path in folders]
     if not files:
         fail(f"--src {args.src}: no .mp4 or other videos there, no folders of .png or other images")
-    names = [VIDEO.sub("", str(path.relative_to(args.src))) for path in files]
+    above = root.parent if files[0] == root else root
+    names = [VIDEO.sub("", str(path.relative_to(above))) for path in files]
     captions = read_captions(args.labels, names) if args.labels else [""] * len(names)
     rates = set()
     with ProcessPoolExecutor(args.workers) as pool:

@@ -78,7 +78,7 @@ def ensemble(past, chunk, execute):
     Returns the actions (B, execute, A) and past for the next decision."""
     total = past + np.insert(chunk, chunk.shape[-1], 1, axis=-1)  # the newest has weight 1
     actions, weights = total[:, :execute, :-1], total[:, :execute, -1:]
-    later = np.concatenate([total[:, execute:], 0 * total[:, :execute]], axis=1)
+    later = np.pad(total[:, execute:], ((0, 0), (0, execute), (0, 0)))
     return actions / weights, math.exp(0.01 * execute) * later  # what is older weighs more
 
 
@@ -296,22 +296,22 @@ def play_libero(jobs, workers, *settings):
     ends, its number, success, steps and film. Where a worker fails, dies or hangs, another one
     begins its job again, once."""
     context = multiprocessing.get_context("spawn")  # a simulator must not be forked
-    left = {}  # {pipe: numbers of the jobs of the worker at its other end, which plays the first}
-    repeated = set()
-    shares = [s.tolist() for s in np.array_split(range(len(jobs)), workers) if len(s)]
-    while shares or left:
+    running = {}  # {pipe: numbers of the jobs that the worker at its other end has still to play}
+    failed_once = set()
+    to_start = [s.tolist() for s in np.array_split(range(len(jobs)), workers) if len(s)]
+    while to_start or running:
         # Ctrl-C is for this process, which ends the workers: they inherit that it is ignored
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for share in shares:
+        for share in to_start:
             pipe, theirs = context.Pipe()
             arguments = (theirs, [jobs[i] for i in share], *settings)
             context.Process(target=worker, args=arguments, daemon=True).start()
             theirs.close()  # so that the end of the worker is the end of the pipe
-            left[pipe] = share
+            running[pipe] = share
         signal.signal(signal.SIGINT, handler)
-        shares = []
-        for pipe in wait(list(left)):
-            share = left.pop(pipe)
+        to_start = []
+        for pipe in wait(list(running)):
+            share = running.pop(pipe)
             index = share[0]
             try:
                 outcome = pipe.recv()
@@ -319,14 +319,14 @@ def play_libero(jobs, workers, *settings):
                 outcome = f"the simulator died, or hung for {TIMEOUT} s"
             if not isinstance(outcome, str):
                 if len(share) > 1:
-                    left[pipe] = share[1:]
+                    running[pipe] = share[1:]
                 yield index, *outcome
-            elif index in repeated:
+            elif index in failed_once:
                 task, episode = jobs[index]
                 fail(f"task {task}, episode {episode}, tried twice: {outcome}")
             else:
-                repeated.add(index)
-                shares.append(share)
+                failed_once.add(index)
+                to_start.append(share)
 
 
 # ----------------------------------------------------------------------------------------- report

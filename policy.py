@@ -3,7 +3,7 @@ Stage 3, the hierarchical policy (HiLAM, arXiv 2603.05815, section 3.3).
 
     pretraining on action-free video, with the arrays of stages 1 and 2 as pseudo-labels:
         high level  pi_h(o_t, text)  -> zbar_t, the skill of frame t
-        low level   pi_l(o_t, skill) -> z_t, z_{t+1}, ... latent actions, told pi_h's skill
+        low level   pi_l(o_t, skill) -> z_t, z_{t+1}, ... latent actions; skill: what pi_h says
     fine-tuning on a few labelled demonstrations: pi_h is frozen, so the text reaches the actions
     through the skill alone; pi_l gets a new head and learns real actions
 
@@ -74,8 +74,8 @@ def get_args():
     add("--layers", type=number(int, 0), default=2, help="blocks; BAKU: 8; 0: an MLP of all tokens")
     add("--warp", type=REAL, default=0.0, help="random affine maps of the images; LIBERO: 0.15")
     add("--batch", type=COUNT, default=64, help="frames a step and process, equally of each set")
-    add("--lr", type=number(float, 1e-9), default=7e-4, help="peak rate of AdamW, all weights new")
-    add("--finetune-lr", type=number(float, 1e-9), default=3e-4, help="the same, after pretraining")
+    add("--lr", type=number(float, 1e-9), default=7e-4, help="peak rate where all weights are new")
+    add("--finetune-lr", type=number(float, 1e-9), default=3e-4, help="peak rate after pretraining")
     add("--bf16", action="store_true", help="compute in bfloat16 where it is safe: for GPUs")
     add("--compile", action="store_true", help="torch.compile the networks: for GPUs")
     args = parser.parse_args()
@@ -330,7 +330,9 @@ def prepare_finetuning(args, sets, shape, agent):
     """The pretrained agent, or a new one, made ready for real actions, and the demonstrations."""
     labels = []
     for d in sets:
-        rows = d.rows(labelled_episodes(d, args.demos, args.tasks))
+        episodes = labelled_episodes(d, args.demos, args.tasks)
+        print(f"fine-tuning on {len(episodes)} demonstrations of {d.name}")
+        rows = d.rows(episodes)
         arrays = {"target": d.actions, "proprio": d.proprio}
         labels.append(Labels(d, read_texts(d), rows, 0, shape["cameras"], arrays))
     actions, proprio = join(labels, "target"), join(labels, "proprio")
@@ -399,18 +401,19 @@ def main():
     if not labelled or any(d.proprio is None for d in labelled):
         fail("fine-tuning needs a packed set with actions, and proprio beside them")
     cameras = 1 + all(d.wrist is not None for d in labelled)
-    shape = {"size": sets[0].frames.shape[1], "cameras": cameras, "high_cameras": cameras}
-    shape["proprio"] = labelled[0].proprio.shape[1]
-    shape["skill"] = 64 if VARIANTS[args.variant][0] else 0  # pretraining sets the skills' own
+    skill, action = VARIANTS[args.variant]
+    shape = {"size": sets[0].frames.shape[1], "proprio": labelled[0].proprio.shape[1]}
+    shape |= {"cameras": cameras, "high_cameras": cameras}
+    shape["skill"] = 64 if skill else 0  # pretraining sets the skills' own width
     texts = [zlib.crc32(str(d.episodes).encode()) for d in sets]
     checksums = [d.checksum("proprio", "actions") for d in sets] + texts
     made_by = model_checksums(args.out)
-    agent, pretrained = None, VARIANTS[args.variant][1] is not None
-    for phase in ["pretrain", "finetune"] if pretrained else ["finetune"]:
+    agent = None
+    for phase in ["pretrain", "finetune"] if action else ["finetune"]:
         torch.manual_seed(args.seed)
         name = run_name(args, phase)
         settings = vars(args) | {"world": world, "data": checksums}
-        if all(VARIANTS[args.variant]):
+        if skill and action:
             settings["made_by"] = made_by
         if phase == "pretrain":
             steps, peak = args.pretrain_steps, args.lr

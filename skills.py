@@ -9,7 +9,7 @@ arXiv 2603.05815, section 3.2; H-Net, arXiv 2507.07955).
 
 Expect on the toy world: F1 of stage 1's boundaries with grasps and releases above 0.9, of a uniform
 cut 0.25. Writes to OUT skills.pt, .json, .png, the log, and for each set boundaries.SET.npy (T,
-stages), skills<s>.SET.npy (T, 2 width), a frame's skill (its rest and the next one, see --skill),
+stages), skills<s>.SET.npy (T, 2 width), the skill of each frame (see skill_vectors),
 and uniform<s>.SET.npy, the same of a uniform cut.
 """
 
@@ -58,7 +58,7 @@ def ste(c):
 
 
 def route(q, k, mask, least=1, apart=1):
-    """Boundary probability p_t and boundaries b_t, (B, L), of q, k (B, L, D) (H-Net, eq. 4).
+    """Boundary probability p_t and boundaries b_t, (B, L), of q, k (B, L, D) (H-Net, section 2.2).
     No chunk is shorter than least; where vectors overlap, k_t meets q_{t-apart}."""
     at = torch.arange(1, q.shape[1], device=q.device)
     before, now = q[:, (at - apart).clamp_min(0)], k[:, 1:]
@@ -75,7 +75,8 @@ def route(q, k, mask, least=1, apart=1):
 def chunk(h, boundary):
     """Chunk: the vectors at boundaries in order (B, M, D); which are real and where (B, M)."""
     count = boundary.sum(1)
-    position = (~boundary).int().argsort(dim=1, stable=True)[:, : int(count.max())]
+    order = boundary.int().argsort(dim=1, descending=True, stable=True)  # boundaries come first
+    position = order[:, : int(count.max())]
     mask = torch.arange(position.shape[1], device=h.device) < count[:, None]
     return torch.take_along_dim(h, position[..., None], dim=1), mask, position
 
@@ -84,16 +85,14 @@ def dechunk(x, p, boundary, position):
     """DeChunk: smooth the chunks x (B, M, D) and spread them over their positions, (B, L, D):
     y_m = (1 - p_m) y_{m-1} + p_m x_m, then ste(c_t) times the y of t's chunk (H-Net, eq. 5-9). The
     recurrence is a product with W_mn = p_n (1 - p_{n+1}) ... (1 - p_m), made in log space."""
-    kept = p.gather(1, position).clamp(1e-4, 1 - 1e-4)  # p_m (B, M)
-    log = torch.log1p(-kept).cumsum(1)
-    ratio = log[:, :, None] - log[:, None, :]
-    future = torch.ones_like(ratio, dtype=torch.bool).triu(1)  # n > m, where W_mn is 0
-    weights = ratio.masked_fill(future, -torch.inf).exp() * kept[:, None, :]  # W
-    y = weights @ x  # (B, M, D)
-    which = (boundary.long().cumsum(1) - 1).clamp_min(0)  # (B, L) the chunk of each position
-    first_row = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-    # y.take_along_dim(which[..., None], 1), but with a faster backward
-    spread = F.embedding(which + first_row, y.flatten(0, 1))
+    p_m = p.gather(1, position).clamp(1e-4, 1 - 1e-4)  # (B, M)
+    log_rest = torch.log1p(-p_m).cumsum(1)  # log of (1 - p_1) ... (1 - p_m)
+    log_w = log_rest[:, :, None] - log_rest[:, None, :]  # log of (1 - p_{n+1}) ... (1 - p_m)
+    future = torch.ones_like(log_w, dtype=torch.bool).triu(1)  # n > m: no part of y_m
+    y = (log_w.masked_fill(future, -torch.inf).exp() * p_m[:, None, :]) @ x  # (B, M, D)
+    which = boundary.long().cumsum(1) - 1  # (B, L) the chunk of each position
+    row = which + y.shape[1] * torch.arange(len(y), device=y.device)[:, None]
+    spread = F.embedding(row, y.flatten(0, 1))  # y at which; take_along_dim's backward is slower
     c = torch.where(boundary, p, 1 - p)  # c_t, how sure the router is of b_t
     return spread * ste(c)[..., None]
 
@@ -189,21 +188,21 @@ class HNet(nn.Module):
 def frame_rate(routings):
     """All stages at frame rate: lists of boundaries (B, L) and the encoder's vectors (B, L, D)."""
     boundaries, vectors = [], []
-    kept = torch.ones_like(routings[0].boundary)  # the frames at which this stage has a position
+    seen = torch.ones_like(routings[0].boundary)  # the frames at which this stage has a position
     for routing in routings:
-        index = (kept.long().cumsum(1) - 1).clamp_min(0)  # the position each frame belongs to
-        vectors.append(torch.take_along_dim(routing.vectors, index[..., None], dim=1))
-        kept = kept & routing.boundary.gather(1, index)
-        boundaries.append(kept)
+        position = seen.long().cumsum(1) - 1  # of each frame
+        vectors.append(torch.take_along_dim(routing.vectors, position[..., None], dim=1))
+        seen = seen & routing.boundary.gather(1, position)  # its boundaries: what the next one sees
+        boundaries.append(seen)
     return boundaries, vectors
 
 
 def sum_ahead(values, boundary):
     """Sums of values (T, D) from each frame to its segment's end; where the next begins (T,)."""
-    begins = np.append(np.flatnonzero(boundary), len(boundary))  # of each segment, and the end
-    following = begins[np.cumsum(boundary)]  # cumsum counts from 1, so it names the next one
-    total = np.pad(np.cumsum(values, 0, np.float64), ((1, 0), (0, 0)))  # row t: all before t
-    return total[following] - total[:-1], following
+    ends = np.append(np.flatnonzero(boundary)[1:], len(boundary))  # where each segment ends
+    following = ends[np.cumsum(boundary) - 1]
+    before = np.pad(np.cumsum(values, 0, np.float64), ((1, 0), (0, 0)))  # row t: all before t
+    return before[following] - before[:-1], following
 
 
 def skill_vectors(vectors, boundary, rule, last):
@@ -256,9 +255,9 @@ def model_checksums(out):
     return [data.file_checksum(Path(out, name)) for name in ("lam.pt", "skills.pt")]
 
 
-def get_batch(sets, latents, episodes, gap, args, rng, device, window=128):
+def get_batch(sets, latents, episodes, gap, batch, rng, device):
     """Parts of random episodes, set after set: z (B, L, D), mask, rows of packed sets (B, L)."""
-    count = max(1, args.batch // len(sets))
+    count, window = max(1, batch // len(sets)), 128  # episodes of a set, frames of an episode
     z, mask, rows = [], [], []
     for dataset, latent, choice in zip(sets, latents, episodes, strict=True):
         e = rng.choice(choice, count)
@@ -274,7 +273,7 @@ def get_batch(sets, latents, episodes, gap, args, rng, device, window=128):
 def reconstruction(lam, prediction, mask, rows, sets, scale, rng):
     """L_rec at 16 places: the FROZEN FDM draws I_{t+1+k} with the PREDICTED z_{t+1}; copying: 1."""
     places = rng.permutation(np.argwhere(mask[:, 1:].cpu().numpy()))[:16]  # (16, 2): b, t
-    chosen = places[:, 0] * len(sets) // len(mask)  # the set of each: a batch has as many of each
+    chosen = places[:, 0] // (len(mask) // len(sets))  # the set of each: as many episodes of each
     error, copy = 0.0, 0.0
     for i in np.unique(chosen):
         b, t = places[chosen == i].T
@@ -284,7 +283,7 @@ def reconstruction(lam, prediction, mask, rows, sets, scale, rng):
         future = lam.frames(sets[i], rows[b, t + 1] + lam.gap, prediction.device)
         error = error + F.mse_loss(lam.fdm(now, z), future, reduction="sum")
         copy = copy + F.mse_loss(now, future, reduction="sum")
-    return error / copy
+    return error / copy.clamp_min(1e-8)  # 0 where nothing moves
 
 
 # ---------------------------------------------------------------------------------------- figures
@@ -300,8 +299,9 @@ def segment(model, dataset, latents, gap, device):
         z = torch.from_numpy(latents[dataset.start[group][:, None] + np.minimum(t, known - 1)])
         _, routings = model(z.to(device), torch.from_numpy(t < known).to(device))
         marks, vectors = frame_rate(routings)
-        # from (E, L) to one row a frame: one without a latent repeats the last that has one,
+        # from (E, L) to one row a frame, by its episode and its place there
         e, frame = np.nonzero(np.arange(length.max()) < length)
+        # a frame without a latent repeats the last that has one,
         last = np.minimum(frame, known[e, 0] - 1)
         marks = torch.stack(marks, -1).cpu().numpy()[e, last]
         marks &= (frame == last)[:, None]  # but a repeated frame is no boundary
@@ -352,7 +352,7 @@ def boundary_f1(sets, latents, found, even, gap):
 def skill_r2(dataset, skills, boundary):
     """R2 from skills, held out: of the action, and of its sum to the segment's end (no gripper)."""
     action = np.asarray(dataset.actions, np.float64)
-    way, _ = sum_ahead(action[:, :-1], boundary)
+    way, _ = sum_ahead(action[:, : max(1, action.shape[1] - 1)], boundary)
     train, val = dataset.rows(dataset.split("train")), dataset.rows(dataset.split("val"))
     return [ridge(skills[train], y[train], skills[val], y[val]) for y in (action, way)]
 
@@ -377,8 +377,8 @@ def report(args, model, sets, latents, held_out, gap, device):
     boundaries, *vectors = zip(*found, strict=True)  # of each set
     figures = []  # of each stage
     print(f"held-out episodes, N {args.chunk}: F1 with true changes; R2 of what a skill tells:")
-    kept = sum(b[rows].sum(0) for b, rows in zip(boundaries, held_out, strict=True))  # (stages,)
-    rates = kept / [sum(map(len, held_out)), *kept[:-1]]  # what a stage keeps are the next one's
+    cuts = sum(b[rows].sum(0) for b, rows in zip(boundaries, held_out, strict=True))  # (stages,)
+    rates = cuts / [sum(map(len, held_out)), *cuts[:-1]]  # a stage reads what the one below cut
     for s, rate in enumerate(rates.tolist()):
         marks = [b[:, s] for b in boundaries]
         even = [uniform_boundaries(b, d.start, d.length) for b, d in zip(marks, sets, strict=True)]
@@ -456,7 +456,7 @@ def main():
         cosine = 0.525 + 0.475 * math.cos(math.pi * step / args.steps)  # from 1 to a twentieth
         for group in optimizer.param_groups:
             group["lr"] = group["share"] * args.lr * cosine * min(1, (step + 1) / 100)
-        z, mask, rows = get_batch(sets, latents, episodes, lam.gap, args, rng, device)
+        z, mask, rows = get_batch(sets, latents, episodes, lam.gap, args.batch, rng, device)
         prediction, routings = model(z, mask)
         l_latent = (prediction[:, :-1] - z[:, 1:]).abs()[mask[:, 1:]].mean()  # l1
         l_rec = reconstruction(lam, prediction, mask, rows, sets, scale, rng)

@@ -484,9 +484,10 @@ def test_packing_starts_anew_after_a_kill_and_only_once_where_two_run(runs):
     [
         ("training", {}, "neither train nor val"),
         ("val", {"wrist": np.zeros((4, 16, 16, 3), np.uint8)}, "not as before"),
-        ("val", {"frames": np.zeros((4, 16, 16, 3), np.float32)}, "images uint8"),
-        ("val", {"frames": np.zeros((4, 16, 12, 3), np.uint8)}, "images uint8"),
+        ("val", {"frames": np.zeros((4, 16, 16, 3), np.float32)}, "wrist uint8"),
+        ("val", {"frames": np.zeros((4, 16, 12, 3), np.uint8)}, "wrist uint8"),
         ("val", {"frames": np.zeros((0, 16, 16, 3), np.uint8)}, "0 frames"),
+        ("val", {"action": np.zeros((4, 2), np.float32)}, "proprio, actions"),
         ("val", {"proprio": np.zeros((4, 2))}, "actions float32"),
         ("val", {"actions": np.zeros(4, np.float32)}, "actions float32"),
         ("val", {"actions": np.zeros((3, 2), np.float32)}, "beside 4 frames"),
