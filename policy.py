@@ -63,9 +63,10 @@ def get_args():
     add = parser.add_argument_group("experiment").add_argument
     add("--variant", choices=VARIANTS, default="hilam", help="a row of the paper's Table 1")
     add("--demos", type=amount, default=0.1, help="labelled demonstrations a task: 5, or share 0.1")
-    add("--tasks", type=number(int, 0), nargs="+", help="labelled tasks, numbered by their names")
+    add("--tasks", type=number(int, 0), nargs="+", help="labelled tasks, by number of their names")
     add("--pretrain-steps", type=COUNT, default=2500, help="besides --steps of fine-tuning")
     add("--low-text", action="store_true", help="tell pi_l the text as well as the skill")
+    add("--skill-noise", type=REAL, default=0.0, help="on pi_l's skill in training, deviations")
     add = parser.add_argument_group("model and training").add_argument
     add("--chunk", type=COUNT, default=10, help="actions predicted at once; BAKU: 10")
     add("--patch", type=COUNT, default=4, help="pixels a patch; size / patch is 8, 16, 32 or 64")
@@ -224,6 +225,8 @@ class Agent(nn.Module):
             true_skill = (true_skill - self.skill_mean) / self.skill_scale
             losses["skill"] = (skill - true_skill).abs().mean()
             skill = skill.detach()  # each level learns from its own labels
+        if skill is not None:  # noise drowns the text that pi_h might whisper through the skill
+            skill = skill + self.settings["skill_noise"] * torch.randn_like(skill)
         error = (self.predict(images, tokens, skill, proprio) - target).abs().mean(-1)
         losses["action"] = (error * mask).mean()  # in pretraining: of the latent actions
         return losses
@@ -298,6 +301,7 @@ def labelled_episodes(dataset, demos, tasks):
         if count > len(episodes):
             fail(f"--demos {demos}: task {names[i]} has {len(episodes)} to train on")
         chosen.append(episodes[:count])
+    print(f"fine-tuning on {sum(map(len, chosen))} demonstrations of {dataset.name}")
     return np.sort(np.concatenate(chosen))
 
 
@@ -330,9 +334,7 @@ def prepare_finetuning(args, sets, shape, agent):
     """The pretrained agent, or a new one, made ready for real actions, and the demonstrations."""
     labels = []
     for d in sets:
-        episodes = labelled_episodes(d, args.demos, args.tasks)
-        print(f"fine-tuning on {len(episodes)} demonstrations of {d.name}")
-        rows = d.rows(episodes)
+        rows = d.rows(labelled_episodes(d, args.demos, args.tasks))
         arrays = {"target": d.actions, "proprio": d.proprio}
         labels.append(Labels(d, read_texts(d), rows, 0, shape["cameras"], arrays))
     actions, proprio = join(labels, "target"), join(labels, "proprio")
@@ -407,14 +409,13 @@ def main():
     shape["skill"] = 64 if skill else 0  # pretraining sets the skills' own width
     texts = [zlib.crc32(str(d.episodes).encode()) for d in sets]
     checksums = [d.checksum("proprio", "actions") for d in sets] + texts
-    made_by = model_checksums(args.out)
     agent = None
     for phase in ["pretrain", "finetune"] if action else ["finetune"]:
         torch.manual_seed(args.seed)
         name = run_name(args, phase)
         settings = vars(args) | {"world": world, "data": checksums}
         if skill and action:
-            settings["made_by"] = made_by
+            settings["made_by"] = model_checksums(args.out)
         if phase == "pretrain":
             steps, peak = args.pretrain_steps, args.lr
             agent, labels = prepare_pretraining(args, sets, shape)

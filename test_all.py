@@ -45,7 +45,7 @@ TINY = {  # words that make a script's run short
 STAGES = {"out/toy/lam": lam, "out/toy/skills": skills}  # {checkpoint: the script that writes it}
 STAGES |= {"out/toy/policy_pretrain_skills1_latents": policy, "out/toy/policy_hilam_1": policy}
 LAM = {"wrist": False, "gap": 4, "latent": 4, "width": 8, "odd": False}
-POLICY = {"width": 16, "channels": 8, "patch": 4, "chunk": 4}
+POLICY = {"width": 16, "channels": 8, "patch": 4, "chunk": 4, "skill_noise": 0}
 FRAMES, TEXTS = "data/toy/hand/frames.bin", "data/toy/robot/episodes.json"
 ACTIONS = "data/toy/robot/actions.bin"
 FIRST, LATENTS = "out/toy/lam.pt", "out/toy/latents.hand.npy"
@@ -298,6 +298,17 @@ def test_skill_is_the_first_vector_or_what_is_ahead_in_this_segment_and_the_next
 
     expected = {"first": [first], "ahead": [ahead], "plan": [ahead, after]}
     assert found.T.tolist() == expected[rule]
+
+
+@pytest.mark.parametrize("numbers, moving", [(1, 1), (3, 2)])
+def test_way_to_a_segments_end_is_that_of_all_numbers_but_the_gripper(dataset, numbers, moving):
+    dataset.actions = noise(19, numbers).numpy()
+    boundary = np.isin(np.arange(19), [0, 6, 9, 15])
+    way, _ = skills.sum_ahead(dataset.actions[:, :moving], boundary)
+
+    _, found = skills.skill_r2(dataset, 1000 * way, boundary)
+
+    assert len(found) == moving and min(found) > 0.9
 
 
 def test_uniform_boundaries_are_as_many_in_each_episode_and_evenly_spread():
@@ -628,7 +639,7 @@ def test_clips_are_read_from_any_depth_in_order_and_with_their_captions(name):
     [
         ({"width": 64}, ["--fit", "crop"], GREYS, np.s_[:, :0]),
         ({"width": 64}, ["--fit", "squash"], GREYS, np.s_[:, :2]),
-        ({"upright": True}, [], GREYS, np.s_[:2, :]),
+        ({"upright": True}, ["--src", "raw/clip.mp4"], GREYS, np.s_[:2, :]),
         ({}, ["--fps", 5], GREYS[::2], np.s_[:, :2]),
         ({}, ["--fps", 20], np.repeat(GREYS, 2)[1:], np.s_[:, :2]),
     ],
@@ -642,6 +653,7 @@ def test_clip_is_packed_square_upright_and_at_its_rate(clip, words, greys, white
     packed = data.Packed("set")
     expected = np.zeros((16, 16), bool)
     expected[white] = True
+    assert packed.episodes[0]["task"] == "clip"
     assert np.array_equal(packed.frames[0, :, :, 0] > 128, expected)
     assert packed.frames[:, 8, 8, 0].astype(int) == pytest.approx(greys, abs=6)
 
