@@ -40,7 +40,7 @@ from tqdm import tqdm
 import data
 from data import COUNT, GOALS, REAL, SEED, TASKS, fail, number, write
 from policy import VARIANTS, amount, load_agent
-from skills import model_checksums, read_skills
+from skills import read_skills
 
 LIMITS = {"toy": 120, "libero_spatial": 220, "libero_object": 280}
 LIMITS |= {"libero_goal": 300, "libero_10": 520}  # the most steps of an episode
@@ -460,8 +460,8 @@ def main():
         for out, name, _, agent in runs if args.prompt else []:
             if args.suite != "toy" or agent.settings["low_text"]:
                 fail("--prompt: for the toy world, and policies that are told the skill alone")
-            if model_checksums(out) != agent.settings.get("made_by"):
-                fail(f"{name} has not learned the skills of lam.pt and skills.pt in {out}")
+            if data.file_checksum(Path(out, "skills.pt")) != agent.settings.get("skills"):
+                fail(f"{name} has not learned the skills of {out}/skills.pt")
     with tempfile.TemporaryDirectory() as folder:
         if args.suite != "toy":
             if args.episodes > 50:

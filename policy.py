@@ -36,7 +36,7 @@ from tqdm import tqdm
 import data
 from data import COUNT, REAL, WIDTH, fail, natural, number, write
 from lam import ConvBlock, to_images, warp
-from skills import load_rows, model_checksums, stack
+from skills import load_rows, stack
 
 # The rows of the paper's Table 1, and flat: the arrays in OUT that pi_h (None: there is none) and
 # pi_l (None: no pretraining) learn to predict from video
@@ -415,7 +415,7 @@ def main():
         name = run_name(args, phase)
         settings = vars(args) | {"world": world, "data": checksums}
         if skill and action:
-            settings["made_by"] = model_checksums(args.out)
+            settings["skills"] = data.file_checksum(Path(args.out, "skills.pt"))
         if phase == "pretrain":
             steps, peak = args.pretrain_steps, args.lr
             agent, labels = prepare_pretraining(args, sets, shape)

@@ -250,11 +250,6 @@ def load_rows(dataset, out, name):
     return rows
 
 
-def model_checksums(out):
-    """Of the models of stages 1 and 2 in a run folder, which find the skills in a video."""
-    return [data.file_checksum(Path(out, name)) for name in ("lam.pt", "skills.pt")]
-
-
 def get_batch(sets, latents, episodes, gap, batch, rng, device):
     """Parts of random episodes, set after set: z (B, L, D), mask, rows of packed sets (B, L)."""
     count, window = max(1, batch // len(sets)), 128  # episodes of a set, frames of an episode
@@ -414,6 +409,8 @@ def read_skills(out, video, like, stage, device):
     path = Path(out, "skills.pt")
     record = data.load_checkpoint(path, "skills")
     settings = record["settings"]
+    if data.file_checksum(Path(out, "lam.pt")) != settings["lam"]:
+        fail(f"{path} learned from another lam.pt than lies beside it")
     lam = load_lam(out, like, device)
     mean, deviation = latent_scale(like, load_rows(like, out, "latents"), lam.gap)
     z = (encode(lam, video, device) - mean) / deviation
@@ -448,6 +445,7 @@ def main():
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.01)
     made_from = [d.checksum() for d in sets] + [data.checksum(z) for z in raw]
     settings = vars(args) | {"data": made_from}
+    settings["lam"] = data.file_checksum(Path(args.out, "lam.pt"))
     path = Path(args.out, "skills.pt")
     first, log = data.resume(path, "skills", settings, model, optimizer, "skills[0-9].*.npy")
     seen, begin = [], time.time()

@@ -913,6 +913,7 @@ def test_libero_is_evaluated_in_workers_and_reported(libero):
         (lambda: np.save(LATENTS, np.load(LATENTS) + 1), policy, [], "made from other latents"),
         (lambda: replace_bytes(FRAMES, b"\xba", b"\xbb"), skills, [], "as it is now"),
         (lambda: shutil.copy(FIRST, "out/toy/skills.pt"), eval_libero, PROMPT, "has not learned"),
+        (lambda: torch.save(torch.load(FIRST), FIRST), eval_libero, PROMPT, "another lam.pt"),
         (lambda: Path(RECORDS).write_text("7\n"), eval_libero, [], f"{RECORDS} is damaged"),
         (lambda: np.save(LATENTS, np.load(LATENTS) + 1), skills, [], "was trained with"),
         (lambda: replace_bytes(TEXTS, b"black", b"green"), policy, [], "trained with data"),
