@@ -66,7 +66,6 @@ def get_args():
     add("--tasks", type=number(int, 0), nargs="+", help="labelled tasks, by number of their names")
     add("--pretrain-steps", type=COUNT, default=2500, help="besides --steps of fine-tuning")
     add("--low-text", action="store_true", help="tell pi_l the text as well as the skill")
-    add("--skill-noise", type=REAL, default=0.0, help="on pi_l's skill in training, deviations")
     add = parser.add_argument_group("model and training").add_argument
     add("--chunk", type=COUNT, default=10, help="actions predicted at once; BAKU: 10")
     add("--patch", type=COUNT, default=4, help="pixels a patch; size / patch is 8, 16, 32 or 64")
@@ -225,8 +224,6 @@ class Agent(nn.Module):
             true_skill = (true_skill - self.skill_mean) / self.skill_scale
             losses["skill"] = (skill - true_skill).abs().mean()
             skill = skill.detach()  # each level learns from its own labels
-        if skill is not None:  # noise drowns the text that pi_h might whisper through the skill
-            skill = skill + self.settings["skill_noise"] * torch.randn_like(skill)
         error = (self.predict(images, tokens, skill, proprio) - target).abs().mean(-1)
         losses["action"] = (error * mask).mean()  # in pretraining: of the latent actions
         return losses
