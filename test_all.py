@@ -444,7 +444,7 @@ def test_fine_tuning_leaves_the_high_level_exactly_as_it_was_and_changes_the_low
 def test_labelled_episodes_are_the_first_of_each_task(demos, tasks, chosen):
     episodes = [{"task": name} for name in ("9", "10", "2", "10", "9", "2", "held out", "9")]
     train = np.array([0, 1, 2, 3, 4, 5, 7])
-    dataset = SimpleNamespace(episodes=episodes, split=lambda name: train)
+    dataset = SimpleNamespace(name="set", episodes=episodes, split=lambda name: train)
 
     assert policy.labelled_episodes(dataset, demos, tasks).tolist() == chosen
 
