@@ -59,6 +59,11 @@ def to_images(views, device):
     return pixels.permute(0, 1, 4, 2, 3).float() / 255
 
 
+def read_images(dataset, rows, cameras, device):
+    """The images of 1 or 2 cameras at these rows of a packed set, as networks see them."""
+    return to_images([view[rows] for view in (dataset.frames, dataset.wrist)[:cameras]], device)
+
+
 class ConvBlock(nn.Module):
     """3x3 convolution, GroupNorm, FiLM by a condition (B, C) if it is built with one, SiLU:
     (B, inside, H, W) -> (B, outside, H / stride, W / stride)."""
@@ -163,8 +168,7 @@ class LAM(nn.Module):
 
     def frames(self, dataset, rows, device):
         """Rows of a packed set as both models see them, all cameras' colours: (B, C, S, S)."""
-        views = [view[rows] for view in (dataset.frames, dataset.wrist)[: self.cameras]]
-        return to_images(views, device).flatten(1, 2)
+        return read_images(dataset, rows, self.cameras, device).flatten(1, 2)
 
 
 def load_lam(out, dataset, device):

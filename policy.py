@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import data
 from data import COUNT, REAL, WIDTH, fail, natural, number, write
-from lam import ConvBlock, to_images, warp
+from lam import ConvBlock, read_images, to_images, warp
 from skills import load_rows, stack
 
 # The rows of the paper's Table 1, and flat: the arrays in OUT that pi_h (None: there is none) and
@@ -63,7 +63,7 @@ def get_args():
     add = parser.add_argument_group("experiment").add_argument
     add("--variant", choices=VARIANTS, default="hilam", help="a row of the paper's Table 1")
     add("--demos", type=amount, default=0.1, help="labelled demonstrations a task: 5, or share 0.1")
-    add("--tasks", type=number(int, 0), nargs="+", help="labelled tasks, by number of their names")
+    add("--tasks", type=number(int, 0), nargs="+", help="labelled tasks, numbered by their names")
     add("--pretrain-steps", type=COUNT, default=2500, help="besides --steps of fine-tuning")
     add("--low-text", action="store_true", help="tell pi_l the text as well as the skill")
     add = parser.add_argument_group("model and training").add_argument
@@ -263,8 +263,7 @@ def get_batch(labels, count, chunk, rng, device):
         t = rng.choice(rows, max(1, count // len(labels)))
         after = t[:, None] + np.arange(chunk)  # (B, chunk)
         episodes = np.searchsorted(dataset.start, t, side="right") - 1
-        views = [view[t] for view in (dataset.frames, dataset.wrist)[:cameras]]
-        part = {"images": to_images(views, "cpu"), "tokens": tokens[episodes]}
+        part = {"images": read_images(dataset, t, cameras, "cpu"), "tokens": tokens[episodes]}
         part["mask"] = torch.from_numpy(after <= dataset.last[t][:, None] - gap)
         for name, array in arrays.items():
             at = np.minimum(after, dataset.total - 1) if name == "target" else t
@@ -405,14 +404,14 @@ def main():
     shape |= {"cameras": cameras, "high_cameras": cameras}
     shape["skill"] = 64 if skill else 0  # pretraining sets the skills' own width
     texts = [zlib.crc32(str(d.episodes).encode()) for d in sets]
-    checksums = [d.checksum("proprio", "actions") for d in sets] + texts
+    made_from = {"data": [d.checksum("proprio", "actions") for d in sets] + texts}
+    if skill and action:
+        made_from["skills"] = data.file_checksum(Path(args.out, "skills.pt"))
     agent = None
     for phase in ["pretrain", "finetune"] if action else ["finetune"]:
         torch.manual_seed(args.seed)
         name = run_name(args, phase)
-        settings = vars(args) | {"world": world, "data": checksums}
-        if skill and action:
-            settings["skills"] = data.file_checksum(Path(args.out, "skills.pt"))
+        settings = vars(args) | made_from | {"world": world}
         if phase == "pretrain":
             steps, peak = args.pretrain_steps, args.lr
             agent, labels = prepare_pretraining(args, sets, shape)

@@ -268,6 +268,18 @@ def test_reconstruction_compares_the_frame_drawn_with_the_predicted_latent(datas
     assert z.grad[0, :2].abs().min() > 0 and z.grad[0, 2:].abs().max() == 0
 
 
+def test_reconstruction_divides_by_a_tenth_where_nothing_moves(dataset):
+    model, rows, mask = randomised(lam.LAM(LAM, 16)), np.arange(6, 12)[None], masked([3], 6)
+    dataset.frames = np.full_like(dataset.frames, 100)
+    scale, z = [(torch.zeros(4), 1.0)], torch.zeros(1, 6, 4)
+
+    loss = skills.reconstruction(model, z, mask, rows, [dataset], scale, np.random.default_rng(0))
+
+    still = model.frames(dataset, np.array([7, 8]), "cpu")
+    error = (model.fdm(still, z[0, :2]) - still).square().sum()
+    assert loss.item() == pytest.approx(10 * error.item(), rel=1e-4)
+
+
 @HNETS
 def test_skills_at_frame_rate_equal_the_loop_over_each_episode_alone(stages, gap):
     model = hnet(stages, gap)
@@ -375,7 +387,8 @@ def test_get_batch_pairs_frames_k_apart_and_every_other_backwards(dataset, rever
 
 
 def test_encode_writes_latents_where_there_is_a_frame_t_plus_k_and_zeros_elsewhere(dataset):
-    model = lam.LAM(LAM, 16)
+    model, rng = lam.LAM(LAM, 16), np.random.default_rng(0)
+    dataset.frames = rng.integers(0, 256, dataset.frames.shape, np.uint8)
 
     latents = lam.encode(model, dataset, "cpu")
 
