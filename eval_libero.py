@@ -21,18 +21,18 @@ import multiprocessing
 import os
 import signal
 import tempfile
-from contextlib import suppress
+from concurrent.futures import FIRST_COMPLETED, wait
+from contextlib import redirect_stdout
 from ctypes.util import find_library
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import groupby
-from multiprocessing.connection import wait
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from pebble import ProcessPool
 from PIL import Image
 from scipy.stats import binomtest
 from tqdm import tqdm
@@ -45,7 +45,7 @@ from skills import read_skills
 LIMITS = {"toy": 120, "libero_spatial": 220, "libero_object": 280}
 LIMITS |= {"libero_goal": 300, "libero_10": 520}  # the most steps of an episode
 SETTLE = 10  # steps of rest before the policy acts: objects fall into place
-TIMEOUT = 900  # seconds: LIBERO's reset tries again for ever when it fails
+TIMEOUT = 1800  # seconds for an episode: LIBERO's reset tries again for ever when it fails
 CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")  # frames, wrist
 
 
@@ -190,55 +190,47 @@ def set_demonstration(env, path, index):
         return demo["actions"][:]
 
 
-class Scene:
-    """LIBERO's simulator of one task, which plays episodes as ToyEpisodes does, one at a time."""
+class LiberoEpisode:
+    """An episode in LIBERO's simulator, which rollout plays as it plays ToyEpisodes; size: of the
+    images. It begins with the seed, a reset and the fixed state, in this order, and rest."""
 
-    def __init__(self, task, args, size):
+    def __init__(self, task, episode, args, size):
         from libero.libero.benchmark import get_benchmark
         from libero.libero.envs import OffScreenRenderEnv
 
         suite = get_benchmark(args.suite)()
         names = suite.get_task_names()
-        self.name = sorted(names, key=data.natural)[task]  # numbered as in policy.py
-        index = names.index(self.name)  # LIBERO's own number
-        self.states = suite.get_task_init_states(index)  # 50, fixed
+        name = sorted(names, key=data.natural)[task]  # numbered as in policy.py
+        index = names.index(name)  # LIBERO's own number
         bddl = suite.get_task_bddl_file_path(index)
         self.env = OffScreenRenderEnv(bddl_file_name=bddl, horizon=10**9)  # we count its steps
         self.args = args
         self.size = size
-
-    def reset(self):
-        signal.alarm(TIMEOUT)  # ends this process, unless it is set anew in time
-        self.switch_cameras(True)
-        self.env.seed(self.args.seed)
-        self.env.reset()
         self.grip = -1.0  # the hand is open
         self.alive = np.array([True])
         self.steps = np.array([0])
-
-    def begin(self, episode):
-        """Begin an episode: seed, reset, the fixed state, in this order, and rest."""
-        self.reset()
-        self.env.set_init_state(self.states[episode])
-        self.step([[0, 0, 0, 0, 0, 0, self.grip]] * SETTLE)
-        if self.success[0]:
-            raise ValueError("it succeeds before the policy acts")
+        self.env.seed(args.seed)
+        self.env.reset()
+        if args.replay:
+            path = Path(args.replay, f"{name}_demo.hdf5")
+            self.demonstration = set_demonstration(self.env, path, episode)
+        else:
+            self.env.set_init_state(suite.get_task_init_states(index)[episode])
+            self.step([[0, 0, 0, 0, 0, 0, self.grip]] * SETTLE)
+            if self.success[0]:
+                raise ValueError("it succeeds before the policy acts")
 
     def step(self, actions):
         """Take the steps actions (n, 7), as far as the first success; returns how many. Only for
         the last one the cameras are on."""
-        signal.alarm(TIMEOUT)
         for i, action in enumerate(actions):
-            self.switch_cameras(i == len(actions) - 1)
+            for name in CAMERAS:  # set_enabled() would blank the image and restart its clock
+                self.env.env._observables[name]._enabled = i == len(actions) - 1
             self.observed, _, done, _ = self.env.step(action)
             if done:
                 break
         self.success = np.array([bool(done)])
         return i + 1
-
-    def switch_cameras(self, on):
-        for name in CAMERAS:  # set_enabled() would blank the image and restart its clock
-            self.env.env._observables[name]._enabled = on
 
     def observe(self, _):
         """The arguments of Agent.act; the sentence is the BDDL file's, as in the demonstrations."""
@@ -260,73 +252,53 @@ class Scene:
         self.alive = ~self.success & (self.steps < self.args.max_steps)
 
 
-def play(scene, episode, agent, execute):
-    """An episode of a scene with a policy (None: a demonstration); returns success, steps, film."""
-    if agent:
-        scene.begin(episode)
-        [(_, *outcome)] = rollout(scene, agent, execute)
-        return outcome
-    scene.reset()
-    path = Path(scene.args.replay, f"{scene.name}_demo.hdf5")
-    steps = scene.step(set_demonstration(scene.env, path, episode))
-    return bool(scene.success[0]), steps, []
-
-
-def worker(pipe, jobs, args, policy, execute, device):
-    """A process that plays jobs, (task, episode), in turn and sends each one's outcome; where
-    something goes wrong, what it was, and then it ends. policy: as load_agent's arguments."""
-    signal.alarm(TIMEOUT)
+def play(task, episode, args, policy, execute, device):
+    """Play an episode of LIBERO with a policy (the arguments of load_agent, but for the device) or,
+    with --replay, its demonstration; returns success, steps, film. Runs in a worker."""
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    try:
-        agent = None if args.replay else load_agent(*policy, device)
-        for task, episodes in groupby(jobs, lambda job: job[0]):  # a scene is slow to build
-            scene = Scene(task, args, agent and agent.shape["size"])
-            for _, episode in episodes:
-                pipe.send(play(scene, episode, agent, execute))
-            scene.env.close()
-    except Exception as error:
-        with suppress(OSError):  # where nobody listens any more
-            pipe.send(f"{type(error).__name__}: {error}")
-    os._exit(0)  # skips the simulator's noisy destructors
+    agent = None if args.replay else load_agent(*policy, device)
+    with redirect_stdout(None):  # LIBERO prints the order of its tasks
+        scene = LiberoEpisode(task, episode, args, agent and agent.shape["size"])
+    if agent:
+        [(_, *outcome)] = rollout(scene, agent, execute)
+    else:
+        steps = scene.step(scene.demonstration)
+        outcome = [bool(scene.success[0]), steps, []]
+    scene.env.close()
+    return outcome
 
 
 def play_libero(jobs, workers, *settings):
     """Play jobs, (task, episode), in so many workers with these settings. Yields of each, when it
-    ends, its number, success, steps and film. Where a worker fails, dies or hangs, another one
-    begins its job again, once."""
-    context = multiprocessing.get_context("spawn")  # a simulator must not be forked
-    running = {}  # {pipe: numbers of the jobs that the worker at its other end has still to play}
+    ends, its number, success, steps and film. What fails, dies or hangs is tried again, once."""
+    # a simulator must not be forked
+    pool = ProcessPool(workers, context=multiprocessing.get_context("spawn"))
+    # Ctrl-C is for this process, which ends the workers: they inherit that it is ignored
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    futures = [pool.schedule(play, (*job, *settings), timeout=TIMEOUT) for job in jobs]
+    signal.signal(signal.SIGINT, handler)
+    running = {future: i for i, future in enumerate(futures)}
     failed_once = set()
-    to_start = [s.tolist() for s in np.array_split(range(len(jobs)), workers) if len(s)]
-    while to_start or running:
-        # Ctrl-C is for this process, which ends the workers: they inherit that it is ignored
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for share in to_start:
-            pipe, theirs = context.Pipe()
-            arguments = (theirs, [jobs[i] for i in share], *settings)
-            context.Process(target=worker, args=arguments, daemon=True).start()
-            theirs.close()  # so that the end of the worker is the end of the pipe
-            running[pipe] = share
-        signal.signal(signal.SIGINT, handler)
-        to_start = []
-        for pipe in wait(list(running)):
-            share = running.pop(pipe)
-            index = share[0]
-            try:
-                outcome = pipe.recv()
-            except (EOFError, OSError):
-                outcome = f"the simulator died, or hung for {TIMEOUT} s"
-            if not isinstance(outcome, str):
-                if len(share) > 1:
-                    running[pipe] = share[1:]
-                yield index, *outcome
-            elif index in failed_once:
-                task, episode = jobs[index]
-                fail(f"task {task}, episode {episode}, tried twice: {outcome}")
-            else:
-                failed_once.add(index)
-                to_start.append(share)
+    try:
+        while running:
+            ended, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in ended:
+                i = running.pop(future)
+                error = future.exception()
+                if error is None:
+                    yield i, *future.result()
+                elif i in failed_once:
+                    task, episode = jobs[i]
+                    problem = f"{type(error).__name__} {error}"
+                    fail(f"task {task}, episode {episode}, tried twice: {problem}")
+                else:
+                    failed_once.add(i)
+                    again = pool.schedule(play, (*jobs[i], *settings), timeout=TIMEOUT)
+                    running[again] = i
+    finally:
+        pool.stop()
+        pool.join()
 
 
 # ----------------------------------------------------------------------------------------- report

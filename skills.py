@@ -9,8 +9,7 @@ arXiv 2603.05815, section 3.2; H-Net, arXiv 2507.07955).
 
 Expect on the toy world: F1 of stage 1's boundaries with grasps and releases above 0.9, of a uniform
 cut 0.25. Writes to OUT skills.pt, .json, .png, the log, and for each set boundaries.SET.npy (T,
-stages), skills<s>.SET.npy (T, 2 width), the skill of each frame (see skill_vectors),
-and uniform<s>.SET.npy, the same of a uniform cut.
+stages), skills<s>.SET.npy (T, 2 width), a skill a frame, and uniform<s>.SET.npy, of a uniform cut.
 """
 
 import math
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from scipy.signal import find_peaks
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
@@ -36,7 +36,7 @@ def get_args():
     add = parser.add_argument_group("H-Net").add_argument
     add("--chunk", type=number(float, 1.5), nargs="+", default=[15.0, 3.0], help="N of each stage")
     add("--least", type=COUNT, default=5, help="shortest chunk of stage 1 in frames; H-Net: 1")
-    add("--skill", choices=["plan", "ahead", "first"], default="plan", help="the paper: first")
+    add("--skill", choices=["plan", "first"], default="plan", help="the paper: first")
     add("--width", type=WIDTH, default=64, help="of a vector")
     add("--layers", type=COUNT, default=4, help="blocks in an encoder, a decoder; twice at the top")
     add("--rec", type=REAL, default=0.1, help="weight of L_rec")
@@ -185,18 +185,6 @@ class HNet(nn.Module):
         return self.head(self.norm(y)) + self.overlap * z, routings
 
 
-def frame_rate(routings):
-    """All stages at frame rate: lists of boundaries (B, L) and the encoder's vectors (B, L, D)."""
-    boundaries, vectors = [], []
-    seen = torch.ones_like(routings[0].boundary)  # the frames at which this stage has a position
-    for routing in routings:
-        position = seen.long().cumsum(1) - 1  # of each frame
-        vectors.append(torch.take_along_dim(routing.vectors, position[..., None], dim=1))
-        seen = seen & routing.boundary.gather(1, position)  # its boundaries: what the next one sees
-        boundaries.append(seen)
-    return boundaries, vectors
-
-
 def sum_ahead(values, boundary):
     """Sums of values (T, D) from each frame to its segment's end; where the next begins (T,)."""
     ends = np.append(np.flatnonzero(boundary)[1:], len(boundary))  # where each segment ends
@@ -207,8 +195,8 @@ def sum_ahead(values, boundary):
 
 def skill_vectors(vectors, boundary, rule, last):
     """The skill of every frame, from vectors (T, D), boundary (T,) and the last frame of each one's
-    episode (T,): the vector at its segment's first frame (first), the mean from it to the segment's
-    end (ahead), or this and the mean of the next segment, side by side (plan, (T, 2 D))."""
+    episode (T,): the vector at its segment's first frame (first); or side by side (plan, (T, 2 D))
+    the mean from it to its segment's end and that of the next segment."""
     if rule == "first":
         k = np.cumsum(boundary) - 1  # k_t, counted from 0
         return vectors[np.flatnonzero(boundary)[k]]  # zbar_t = z_{k_t}
@@ -216,7 +204,7 @@ def skill_vectors(vectors, boundary, rule, last):
     count = following - np.arange(len(boundary))
     ahead = (total / count[:, None]).astype(np.float32)
     after = ahead[np.minimum(following, last)]  # in an episode's last segment its last vector
-    return ahead if rule == "ahead" else np.concatenate([ahead, after], axis=1)
+    return np.concatenate([ahead, after], axis=1)
 
 
 def uniform_boundaries(boundary, starts, lengths):
@@ -230,8 +218,7 @@ def uniform_boundaries(boundary, starts, lengths):
 
 # ------------------------------------------------------------------------------- data and losses
 def load_rows(dataset, out, name):
-    """The latents or skills of a packed set, a row a frame, (T, D); exits where they don't fit it,
-    or where skills were made from other latents than lie in OUT now."""
+    """The latents or skills of a packed set, (T, D); exits where they were made from other data."""
     path = Path(out, f"{name}.{dataset.name}.npy")
     stage = "lam" if name == "latents" else "skills"
     record = Path(out, f"{stage}.pt")
@@ -284,24 +271,26 @@ def reconstruction(lam, prediction, mask, rows, sets, scale, rng):
 # ---------------------------------------------------------------------------------------- figures
 @torch.no_grad()
 def segment(model, dataset, latents, gap, device):
-    """Of a set: boundaries (T, stages), and for each stage the encoder's vectors (T, D)."""
-    parts = []
-    groups = np.array_split(np.arange(len(dataset.start)), 1 + len(dataset.start) // 32)
+    """Of a set: boundaries (T, stages), and for each stage the encoder's vectors (T, D), at each
+    frame that of its last position; an episode's last frames, without a latent, add none."""
+    known = np.maximum(1, dataset.length - gap)  # frames of each episode that have a latent
+    found = []  # of each episode
+    groups = np.array_split(np.arange(len(known)), 1 + len(known) // 32)
     for group in tqdm(groups, f"skills of {dataset.name}", disable=None):
-        length = dataset.length[group][:, None]
-        known = np.maximum(1, length - gap)  # how many have a latent
-        t = np.arange(known.max())
-        z = torch.from_numpy(latents[dataset.start[group][:, None] + np.minimum(t, known - 1)])
-        _, routings = model(z.to(device), torch.from_numpy(t < known).to(device))
-        marks, vectors = frame_rate(routings)
-        # from (E, L) to one row a frame, by its episode and its place there
-        e, frame = np.nonzero(np.arange(length.max()) < length)
-        # a frame without a latent repeats the last that has one,
-        last = np.minimum(frame, known[e, 0] - 1)
-        marks = torch.stack(marks, -1).cpu().numpy()[e, last]
-        marks &= (frame == last)[:, None]  # but a repeated frame is no boundary
-        parts.append([marks, *(v.cpu().numpy()[e, last] for v in vectors)])
-    return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+        z = [torch.from_numpy(latents[dataset.start[e] :][: known[e]]) for e in group]
+        z = pad_sequence(z, batch_first=True)  # (E, L, latent)
+        mask = torch.arange(z.shape[1]) < torch.from_numpy(known[group])[:, None]
+        _, routings = model(z.to(device), mask.to(device))
+        for i, e in enumerate(group):
+            frame, at = np.arange(dataset.length[e]), np.arange(known[e])
+            marks, vectors = [], []  # of each stage; at: the frames at which it has a position
+            for routing in routings:
+                position = np.searchsorted(at, frame, side="right") - 1  # the last of each frame
+                vectors.append(routing.vectors[i, position].cpu().numpy())
+                at = at[routing.boundary[i, : len(at)].cpu().numpy()]  # what the next stage sees
+                marks.append(np.isin(frame, at))
+            found.append([np.stack(marks, axis=1), *vectors])
+    return [np.concatenate(arrays) for arrays in zip(*found, strict=True)]
 
 
 def events(phase):
@@ -355,13 +344,12 @@ def skill_r2(dataset, skills, boundary):
 def draw(path, sets, boundaries):
     """A held-out video of each set with its boundaries (HiLAM, figure 4)."""
     strip, marks = [], {}
-    colours = ["white", "orange", "red", "purple"]  # by the number of stages that cut
+    colours = ["white", "orange", "red", "purple"]  # by how many stages cut there, or at t + 1
     for dataset, b in zip(sets, boundaries, strict=True):
-        rows = dataset.rows(dataset.split("val")[:1])[::2]
+        rows = dataset.rows(dataset.split("val")[:1])[:-1:2]
         for line in np.array_split(rows, -(-len(rows) // 20)):
             for c, t in enumerate(line):
-                both = b[[t, min(t + 1, rows[-1])]]  # the frame shown and the one after it
-                marks[len(strip), c] = colours[min(both.any(0).sum(), 3)]
+                marks[len(strip), c] = colours[min(b[t : t + 2].any(0).sum(), 3)]
             strip.append((dataset.name, dataset.frames[line]))
     draw_strip(path, strip, "every second frame; orange: stage 1 cuts, red: stage 2 as well", marks)
 
@@ -443,9 +431,8 @@ def main():
         shares[args.slow[1] if "encoder" in name else share].append(parameter)
     groups = [{"params": parameters, "share": share} for share, parameters in shares.items()]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.01)
-    made_from = [d.checksum() for d in sets] + [data.checksum(z) for z in raw]
-    settings = vars(args) | {"data": made_from}
-    settings["lam"] = data.file_checksum(Path(args.out, "lam.pt"))
+    settings = vars(args) | {"lam": data.file_checksum(Path(args.out, "lam.pt"))}
+    settings["data"] = [d.checksum() for d in sets] + [data.checksum(z) for z in raw]
     path = Path(args.out, "skills.pt")
     first, log = data.resume(path, "skills", settings, model, optimizer, "skills[0-9].*.npy")
     seen, begin = [], time.time()
