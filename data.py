@@ -139,7 +139,7 @@ def claim(path, wait=False):
         fail(f"process {holder} is writing {path}: wait for it, or choose another --out")
     except (OSError, ValueError) as error:  # ValueError: path has no name
         fail(f"{path} cannot be written ({error})")
-    atexit.register(lock.release)  # holds on to the lock, which would end with its last reference
+    atexit.register(lock.release)  # keeps a reference: without one the lock would end
     return lock
 
 
@@ -257,7 +257,7 @@ class Packed:
             fail(f"{file} is missing, or not as episodes.json says ({error})")
 
     def checksum(self, *others):
-        """Of all images, lengths and splits, which latents are made from, and of other arrays."""
+        """Of images, lengths and splits, which latents are made from, and of other arrays."""
         known = [self.open(key) for key in ("frames", "wrist", *others) if key in self.arrays]
         parts = list(zip(self.length.tolist(), self.splits.tolist(), strict=True))
         return zlib.crc32(json.dumps(parts).encode(), checksum(*known))
@@ -292,15 +292,13 @@ def open_sets(paths):
 
 def check_array(key, value, frames, where):
     """Exit unless an episode's array is what the stages expect beside its frames."""
-    right = len(value) == len(frames) > 0
+    right = key.startswith("truth_")
     if key in ("frames", "wrist"):
-        square = (*frames.shape[:2], *frames.shape[1:2], 3)
-        right &= value.shape == square and value.dtype == np.uint8
-    elif key in ("proprio", "actions"):
-        right &= value.ndim == 2 and value.dtype == np.float32 and np.isfinite(value).all()
-    elif not key.startswith("truth_"):
-        right = False
-    if not right:
+        side = frames.shape[1] if frames.ndim == 4 else 0
+        right = value.dtype == np.uint8 and value.shape[1:] == (side, side, 3)
+    if key in ("proprio", "actions"):
+        right = value.dtype == np.float32 and value.ndim == 2 and np.isfinite(value).all()
+    if not right or len(value) != len(frames) or len(frames) == 0:
         expected = "frames, wrist uint8 (T, S, S, 3); proprio, actions float32 (T, D), no NaN"
         fail(f"{where}: {key} {value.dtype} {value.shape} beside {len(frames)} frames; {expected}")
 
@@ -318,8 +316,8 @@ def pack(out, episodes, total=None, skipped=()):
         part.mkdir()
         for text, task, split, episode in tqdm(episodes, str(out), total, disable=None):
             where = f"{task}, episode {len(records)}"
-            episode = {key: np.asarray(value) for key, value in episode.items()}
-            frames, kinds = episode.get("frames", np.zeros(0)), {}
+            episode = {key: np.asarray(value) for key, value in ({"frames": []} | episode).items()}
+            frames, kinds = episode["frames"], {}
             for key, value in episode.items():
                 check_array(key, value, frames, where)
                 kinds[key] = {"dtype": value.dtype.str, "shape": list(value.shape[1:])}
@@ -330,7 +328,7 @@ def pack(out, episodes, total=None, skipped=()):
                 fail(f"{where}: arrays {kinds} are not as before: {arrays}")
             if split not in ("train", "val"):
                 fail(f"{where}: split {split!r} is neither train nor val")
-            record = {"length": len(episode["frames"]), "text": text or "", "split": split}
+            record = {"length": len(frames), "text": text or "", "split": split}
             records.append(record | {"task": str(task)})
         if not records:
             fail(f"{out}: nothing could be read: {'; '.join(skipped)}")
@@ -379,7 +377,7 @@ class ToyWorld:
         self.objects = np.zeros((len(goals), 6, 2))  # 0..3 are blocks, 4 and 5 trays
         self.held = np.full(len(goals), -1)  # the block in the hand, -1: none
         tray = np.arange(6) > 3
-        apart = 0.20 + 0.06 * (tray[:, None] | tray) - np.eye(6)  # of each two, at least
+        apart = np.where(tray[:, None] | tray, 0.26, 0.20) - np.eye(6)  # least; none to itself
         for i, seed in enumerate(seeds):
             rng = np.random.default_rng(seed)
             while (np.abs(self.objects[i][:, None] - self.objects[i]).max(-1) < apart).any():
@@ -447,14 +445,15 @@ def toy_demonstrate(look, goal, seed):
     rng = np.random.default_rng([*seed, 1])
     speed = rng.uniform(0.65, 1.0) - (0.15 if look == "hand" else 0.0)
     home = rng.uniform(0.2, 0.8, 2)  # where the hand retreats to
-    angle, rest, velocity = 0.0, 0, np.zeros(2)  # by how much the heading is off; frames of rest
+    angle, rest, velocity = 0.0, 0, np.zeros(2)  # off course, in radians; frames still to rest
     film = []
     plan = [(block, phase) for block in (0, 1) for phase in ("reach", "grasp", "carry", "release")]
-    plan += [(1, "retreat")] * int(rng.integers(3, 7))
+    plan += [(1, "retreat")] * int(rng.integers(3, 7))  # one for each frame of it
     while plan:
         block, phase = plan[0]
         hand, thing = world.hand[0, :2], world.objects[0, goal[2 * block]]
-        slot = world.objects[0, 4 + goal[2 * block + 1]] + [0.14 * block - 0.07, 0]  # of the tray
+        tray = world.objects[0, 4 + goal[2 * block + 1]]
+        slot = tray + [(-0.07, 0.07)[block], 0]  # the first block's is on the left
         away = {"carry": slot - thing, "retreat": home - hand}.get(phase, thing - hand)
         distance = math.hypot(*away) + 1e-9
         moving = phase not in ("grasp", "release")
@@ -464,14 +463,14 @@ def toy_demonstrate(look, goal, seed):
         turn = angle * min(1, distance / 0.15)
         rotation = [[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]]
         pace = 0 if rest else min(speed, 0.7 * distance / MAX_STEP)
-        velocity = moving * (0.4 * velocity + 0.6 * pace * (rotation @ away) / distance)
+        velocity = moving * (0.4 * velocity + 0.6 * pace * (rotation @ away) / distance)  # dx, dy
         action = np.array([*velocity, 1 if phase in ("grasp", "carry") else -1], np.float32)
         film.append((world.hand[0], world.objects[0].copy(), world.held[0], action, phase))
         world.step(action[None])
         done = {"grasp": world.hand[0, 2] < 0.01, "release": world.hand[0, 2] > 0.99}
         if done.get(phase, distance < 0.05) or phase == "retreat":
             plan.pop(0)
-            velocity = velocity * (phase == "retreat")
+            velocity = velocity * (phase == "retreat")  # else it stops
     # all frames are drawn at once, each as a table of its own
     world.hand, world.objects, world.held, actions, phases = map(np.array, zip(*film, strict=True))
     arrays = {"frames": world.frames(slice(None)), "truth_phase": phases.astype(bytes)}
@@ -614,8 +613,11 @@ def read_clip(path, args):
                 if due > len(frames):
                     image = frame.to_image().rotate(frame.rotation, expand=True)  # upright
                     frames += [*resize([image], args.size, args.fit)] * (due - len(frames))
-            if times and 0.9e-6 * (video.duration or 0) > times[-1] - times[0] + 1:
-                raise ValueError(f"its header promises {video.duration / 1e6:.1f} seconds")
+            promised = (video.duration or 0) / 1e6  # seconds
+            if stream.duration:  # of the picture; the sound may last longer
+                promised = float(stream.duration * stream.time_base)
+            if times and 0.9 * promised > times[-1] - times[0] + 1:
+                raise ValueError(f"its header promises {promised:.1f} seconds")
     except Exception as error:  # PyAV and Pillow raise many kinds
         problem = f"unreadable after {len(frames)} frames ({error})"
     if len(frames) < 2 and not problem:
@@ -635,7 +637,8 @@ def video_episodes(args, skipped):
     names = [VIDEO.sub("", str(path.relative_to(above))) for path in files]
     captions = read_captions(args.labels, names) if args.labels else [""] * len(names)
     rates = set()
-    with ProcessPoolExecutor(args.workers) as pool:
+    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process
+    with ProcessPoolExecutor(args.workers, None, signal.signal, ignore) as pool:
         for begin in range(0, len(files), 16):  # a few at a time, so that memory stays flat
             clips = pool.map(read_clip, files[begin : begin + 16], repeat(args))
             for i, (frames, problem, rate) in enumerate(clips, begin):
@@ -665,6 +668,7 @@ def main():
     add("--workers", type=COUNT, default=os.cpu_count(), help="video: processes that decode")
     add("--val", type=number(float, 0, 0.5), default=0.1, help="share of the episodes held out")
     args = parser.parse_args()
+    start("cpu")
     skipped = []
     episodes = libero_episodes if args.kind == "libero" else video_episodes
     pack(args.out, episodes(args, skipped), skipped=skipped)

@@ -72,14 +72,14 @@ def get_args():
 
 # -------------------------------------------------------------------------------------- the loop
 def ensemble(past, chunk, execute):
-    """Temporal aggregation: a step's action is the mean of all chunks that predicted it, weighted
-    by exp(-0.01 i), i in steps from the oldest (ACT, BAKU). chunk (B, n, A): predicted now; past:
-    the weighted sums of what was predicted before, and of the weights, (B, n, A + 1), at first 0.
-    Returns the actions (B, execute, A) and past for the next decision."""
-    total = past + np.insert(chunk, chunk.shape[-1], 1, axis=-1)  # the newest has weight 1
+    """Temporal aggregation (ACT, BAKU): a step's action is the mean of what was predicted for it,
+    weighted by exp(0.01 age), age in steps. chunk (B, n, A): predicted now, of age 0; past (B, n,
+    A + 1), at first 0: for the same n steps the weighted sums of what was predicted before, and the
+    sums of its weights. Returns the actions (B, execute, A) and past for the next decision."""
+    total = past + np.insert(chunk, chunk.shape[-1], 1, axis=-1)  # the newest: age 0, weight 1
     actions, weights = total[:, :execute, :-1], total[:, :execute, -1:]
     later = np.pad(total[:, execute:], ((0, 0), (0, execute), (0, 0)))
-    return actions / weights, math.exp(0.01 * execute) * later  # what is older weighs more
+    return actions / weights, math.exp(0.01 * execute) * later  # all are older by then
 
 
 def rollout(world, agent, execute):

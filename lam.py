@@ -8,7 +8,7 @@ moved (HiLAM, arXiv 2603.05815, section 3.1; UniSkill, CoRL 2025): a wrong z mus
 
     python lam.py                                      # toy world, a minute and a half on a laptop
     python lam.py --data data/libero_10 --out out/libero_10 --gap 8 --latent 128 --wrist \\
-                  --reverse --odd --warp 0.4 --lr 2e-3 --steps 4000
+                  --reverse --odd --warp 0.4 --lr 2e-3 --steps 1500
 
 Expect on the toy world: FDM error 0.16 of copying frame t with the true z, above 1 with a wrong
 one. Writes to OUT: lam.pt, lam.json, lam.png (what the FDM draws), lam_log.csv and its curve, and
@@ -328,7 +328,9 @@ def report(out, model, sets, device):
     """Write the latents, measure what they are worth, print it, draw it."""
     latents = [encode(model, dataset, device) for dataset in sets]
     for dataset, z in zip(sets, latents, strict=True):
-        write(Path(out, f"latents.{dataset.name}.npy"), z)
+        path = Path(out, f"latents.{dataset.name}.npy")
+        if not path.exists():  # later stages know its checksum; another device has other last bits
+            write(path, z)
     figures = evaluate(model, sets, latents, device)
     write(Path(out, "lam.json"), figures)
     draw(Path(out, "lam.png"), model, sets, latents, device)
@@ -365,8 +367,8 @@ def main():
     copy_error = max(F.mse_loss(now, future).item(), 1e-8)  # unit of the loss: copying frame t
     seen, begin = [], time.time()
     for step in tqdm(range(first, args.steps), "lam", disable=rank > 0 or None):
-        rng = np.random.default_rng([args.seed, step])  # chance hangs on seed and step alone, so a
-        torch.manual_seed(args.seed * 1_000_003 + step + 999_983 * rank)  # resumed run is the same
+        rng = np.random.default_rng([args.seed, step])  # the batch, the same in a resumed run
+        torch.manual_seed(args.seed * 1_000_003 + step + 999_983 * rank)  # and its warps
         cosine = 0.525 + 0.475 * math.cos(math.pi * step / args.steps)  # from 1 to a twentieth
         for group in optimizer.param_groups:
             group["lr"] = args.lr * cosine * min(1, (step + 1) / 100)  # after a warm-up

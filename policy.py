@@ -39,7 +39,7 @@ from lam import ConvBlock, read_images, to_images, warp
 from skills import load_rows, stack
 
 # The rows of the paper's Table 1, and flat: the arrays in OUT that pi_h (None: there is none) and
-# pi_l (None: no pretraining) learn to predict from video
+# pi_l learn to predict from video; where pi_l's is None, nothing is pretrained
 VARIANTS = {
     "hilam": ("skills1", "latents"),
     "hilam_z2": ("skills2", "latents"),
@@ -160,7 +160,7 @@ class Policy(nn.Module):
         self.no_proprio = nn.Parameter(torch.zeros(width))  # video has none
         self.no_camera = nn.Parameter(torch.zeros(width))  # people's video has one camera
         self.action = nn.Parameter(0.02 * torch.randn(width))
-        self.kind = nn.Parameter(0.02 * torch.randn(tokens, width))
+        self.kind = nn.Parameter(0.02 * torch.randn(tokens, width))  # tells the tokens apart
         if settings["layers"]:
             self.mix = nn.Sequential(stack(settings["layers"], width), nn.RMSNorm(width))
         else:
@@ -245,25 +245,20 @@ class Agent(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------- data
-# What to learn from a packed set: tokens of each episode's sentence; rows to draw from; gap, how
-# many last frames of an episode have no target; arrays {name: (T, D)}: target, which is read in
-# chunks, and true_skill or proprio
-Labels = namedtuple("Labels", "dataset tokens rows gap cameras arrays")
-
-
-def read_texts(dataset):
-    """The sentences of all episodes for the policy, (E, 64)."""
-    return torch.stack([tokenize(episode["text"]) for episode in dataset.episodes])
+# What to learn from a packed set: rows to draw from; gap, how many last frames of an episode have
+# no target; arrays {name: (T, D)}: target, which is read in chunks, and true_skill or proprio
+Labels = namedtuple("Labels", "dataset rows gap cameras arrays")
 
 
 def get_batch(labels, count, chunk, rng, device):
     """Agent.forward's arguments for count random rows, as many of each set."""
     parts = []
-    for dataset, tokens, rows, gap, cameras, arrays in labels:
+    for dataset, rows, gap, cameras, arrays in labels:
         t = rng.choice(rows, max(1, count // len(labels)))
         after = t[:, None] + np.arange(chunk)  # (B, chunk)
         episodes = np.searchsorted(dataset.start, t, side="right") - 1
-        part = {"images": read_images(dataset, t, cameras, "cpu"), "tokens": tokens[episodes]}
+        part = {"images": read_images(dataset, t, cameras, "cpu")}
+        part["tokens"] = torch.stack([tokenize(dataset.episodes[e]["text"]) for e in episodes])
         part["mask"] = torch.from_numpy(after <= dataset.last[t][:, None] - gap)
         for name, array in arrays.items():
             at = np.minimum(after, dataset.total - 1) if name == "target" else t
@@ -313,11 +308,9 @@ def prepare_pretraining(args, sets, shape):
     cameras = min(shape["cameras"], 1 + all(d.wrist is not None for d in sets))
     labels = []
     for d in sets:
-        arrays = {"target": load_rows(d, args.out, action)}
-        if skill:
-            arrays["true_skill"] = load_rows(d, args.out, skill)
-        rows = d.rows(d.split("train"), gap)
-        labels.append(Labels(d, read_texts(d), rows, gap, cameras, arrays))
+        names = {"target": action, "true_skill": skill}
+        arrays = {key: load_rows(d, args.out, name) for key, name in names.items() if name}
+        labels.append(Labels(d, d.rows(d.split("train"), gap), gap, cameras, arrays))
     known = {name.removeprefix("true_"): join(labels, name) for name in labels[0].arrays}
     widths = {name: array.shape[1] for name, array in known.items()}
     agent = Agent(shape | widths | {"high_cameras": cameras}, vars(args))
@@ -332,7 +325,7 @@ def prepare_finetuning(args, sets, shape, agent):
     for d in sets:
         rows = d.rows(labelled_episodes(d, args.demos, args.tasks))
         arrays = {"target": d.actions, "proprio": d.proprio}
-        labels.append(Labels(d, read_texts(d), rows, 0, shape["cameras"], arrays))
+        labels.append(Labels(d, rows, 0, shape["cameras"], arrays))
     actions, proprio = join(labels, "target"), join(labels, "proprio")
     if agent is None:
         agent = Agent(shape | {"target": actions.shape[1]}, vars(args))
@@ -402,7 +395,7 @@ def main():
     skill, action = VARIANTS[args.variant]
     shape = {"size": sets[0].frames.shape[1], "proprio": labelled[0].proprio.shape[1]}
     shape |= {"cameras": cameras, "high_cameras": cameras}
-    shape["skill"] = 64 if skill else 0  # pretraining sets the skills' own width
+    shape["skill"] = 64 if skill else 0  # 64: of hilam_scratch; pretraining sets the skills' own
     texts = [zlib.crc32(str(d.episodes).encode()) for d in sets]
     made_from = {"data": [d.checksum("proprio", "actions") for d in sets] + texts}
     if skill and action:
@@ -422,7 +415,7 @@ def main():
             agent, labels = prepare_finetuning(args, labelled, shape, agent)
         sample = get_batch(labels, 256, args.chunk, np.random.default_rng(0), device)
         begin_with = [*sample.values(), *agent.state_dict().values()]
-        settings["first_batch_and_weights"] = data.checksum(*[x.cpu().numpy() for x in begin_with])
+        settings["labels_and_weights"] = data.checksum(*[x.cpu().numpy() for x in begin_with])
         agent.to(device)
         learning = [p for p in agent.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(learning, lr=peak, weight_decay=1e-3, fused=True)
@@ -436,8 +429,8 @@ def main():
             wrapped = nn.parallel.DistributedDataParallel(agent, find_unused_parameters=True)
         seen, begin = [], time.time()
         for step in tqdm(range(first, steps), name, disable=rank > 0 or None):
-            rng = np.random.default_rng([args.seed, step])  # chance hangs on seed and step alone,
-            torch.manual_seed(args.seed * 1_000_003 + step)  # so a resumed run repeats itself
+            rng = np.random.default_rng([args.seed, step])  # the batch, the same in a resumed run
+            torch.manual_seed(args.seed * 1_000_003 + step)  # and how its images are augmented
             cosine = 0.525 + 0.475 * math.cos(math.pi * step / steps)  # from 1 to a twentieth
             for group in optimizer.param_groups:
                 group["lr"] = peak * cosine * min(1, (step + 1) / 100)  # after a warm-up

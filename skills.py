@@ -91,8 +91,8 @@ def dechunk(x, p, boundary, position):
     future = torch.ones_like(log_w, dtype=torch.bool).triu(1)  # n > m: no part of y_m
     y = (log_w.masked_fill(future, -torch.inf).exp() * p_m[:, None, :]) @ x  # (B, M, D)
     which = boundary.long().cumsum(1) - 1  # (B, L) the chunk of each position
-    row = which + y.shape[1] * torch.arange(len(y), device=y.device)[:, None]
-    spread = F.embedding(row, y.flatten(0, 1))  # y at which; take_along_dim's backward is slower
+    row = which + y.shape[1] * torch.arange(len(y), device=y.device)[:, None]  # of (B M, D)
+    spread = F.embedding(row, y.flatten(0, 1))  # y[b, which[b, t]]; other look-ups are slower
     c = torch.where(boundary, p, 1 - p)  # c_t, how sure the router is of b_t
     return spread * ste(c)[..., None]
 
@@ -253,12 +253,12 @@ def get_batch(sets, latents, episodes, gap, batch, rng, device):
 
 
 def reconstruction(lam, prediction, mask, rows, sets, scale, rng):
-    """L_rec at 16 places: the FROZEN FDM draws I_{t+1+k} with the PREDICTED z_{t+1}; copying: 1."""
+    """L_rec at 16 places: error of the FROZEN FDM with the PREDICTED z_{t+1}, over copying's."""
     places = rng.permutation(np.argwhere(mask[:, 1:].cpu().numpy()))[:16]  # (16, 2): b, t
-    chosen = places[:, 0] // (len(mask) // len(sets))  # the set of each: as many episodes of each
+    set_of = places[:, 0] // (len(mask) // len(sets))  # a batch holds the sets one after another
     error, copy = 0.0, 0.0
-    for i in np.unique(chosen):
-        b, t = places[chosen == i].T
+    for i in np.unique(set_of):
+        b, t = places[set_of == i].T
         mean, deviation = scale[i]
         z = prediction[b, t] * deviation + torch.as_tensor(mean, device=prediction.device)
         now = lam.frames(sets[i], rows[b, t + 1], prediction.device)
@@ -271,9 +271,9 @@ def reconstruction(lam, prediction, mask, rows, sets, scale, rng):
 # ---------------------------------------------------------------------------------------- figures
 @torch.no_grad()
 def segment(model, dataset, latents, gap, device):
-    """Of a set: boundaries (T, stages), and for each stage the encoder's vectors (T, D), at each
-    frame that of its last position; an episode's last frames, without a latent, add none."""
-    known = np.maximum(1, dataset.length - gap)  # frames of each episode that have a latent
+    """The boundaries (T, stages) of a packed set, and of each stage the encoder's vectors (T, D): a
+    frame between two positions of a stage, or without a latent, repeats the vector before it."""
+    known = np.maximum(1, dataset.length - gap)  # how many frames of each episode the model reads
     found = []  # of each episode
     groups = np.array_split(np.arange(len(known)), 1 + len(known) // 32)
     for group in tqdm(groups, f"skills of {dataset.name}", disable=None):
@@ -282,20 +282,20 @@ def segment(model, dataset, latents, gap, device):
         mask = torch.arange(z.shape[1]) < torch.from_numpy(known[group])[:, None]
         _, routings = model(z.to(device), mask.to(device))
         for i, e in enumerate(group):
-            frame, at = np.arange(dataset.length[e]), np.arange(known[e])
-            marks, vectors = [], []  # of each stage; at: the frames at which it has a position
+            frames, read = np.arange(dataset.length[e]), np.arange(known[e])
+            marks, vectors = [], []  # of each stage; read: the frames it reads, a position each
             for routing in routings:
-                position = np.searchsorted(at, frame, side="right") - 1  # the last of each frame
-                vectors.append(routing.vectors[i, position].cpu().numpy())
-                at = at[routing.boundary[i, : len(at)].cpu().numpy()]  # what the next stage sees
-                marks.append(np.isin(frame, at))
+                latest = np.searchsorted(read, frames, side="right") - 1  # position at each frame
+                vectors.append(routing.vectors[i, latest].cpu().numpy())
+                read = read[routing.boundary[i, : len(read)].cpu().numpy()]  # by the next stage
+                marks.append(np.isin(frames, read))
             found.append([np.stack(marks, axis=1), *vectors])
     return [np.concatenate(arrays) for arrays in zip(*found, strict=True)]
 
 
 def events(phase):
     """Frames where phase (L,) changes, bytes: middles of grasps and releases, starts of others."""
-    starts = np.flatnonzero(np.append(True, phase[1:] != phase[:-1]))
+    starts = np.flatnonzero(np.append(True, phase[1:] != phase[:-1])[: len(phase)])
     short = np.isin(phase[starts], [b"grasp", b"release"])
     middles = (starts + np.append(starts[1:], len(phase)) - 1)[short] // 2
     others = starts[1:][~short[1:] & ~short[:-1]]  # not the end of a grasp or release
@@ -361,8 +361,8 @@ def report(args, model, sets, latents, held_out, gap, device):
     figures = []  # of each stage
     print(f"held-out episodes, N {args.chunk}: F1 with true changes; R2 of what a skill tells:")
     cuts = sum(b[rows].sum(0) for b, rows in zip(boundaries, held_out, strict=True))  # (stages,)
-    rates = cuts / [sum(map(len, held_out)), *cuts[:-1]]  # a stage reads what the one below cut
-    for s, rate in enumerate(rates.tolist()):
+    read = [sum(map(len, held_out)), *cuts[:-1]]  # stage 1 reads frames, stage 2 what 1 cut, ...
+    for s, rate in enumerate((cuts / read).tolist()):
         marks = [b[:, s] for b in boundaries]
         even = [uniform_boundaries(b, d.start, d.length) for b, d in zip(marks, sets, strict=True)]
         f1 = boundary_f1(sets, latents, marks, even, gap)
@@ -375,7 +375,7 @@ def report(args, model, sets, latents, held_out, gap, device):
                 write(Path(args.out, f"{kind}{s + 1}.{dataset.name}.npy"), skill)
                 if dataset.actions is not None:
                     now, way = skill_r2(dataset, skill, cut)
-                    row[f"{kind}_says"] = {"action_r2": now, "segment_end_r2": way}
+                    row[f"{kind}.{dataset.name}"] = {"action_r2": now, "segment_end_r2": way}
                     now, way = np.round(now, 2), np.round(way, 2)
                     print(f"    {dataset.name} {kind:7} R2: action {now} · way to its end {way}")
         figures.append(row)
@@ -437,7 +437,7 @@ def main():
     first, log = data.resume(path, "skills", settings, model, optimizer, "skills[0-9].*.npy")
     seen, begin = [], time.time()
     for step in tqdm(range(first, args.steps), "skills", disable=None):
-        rng = np.random.default_rng([args.seed, step])  # so a resumed run repeats itself exactly
+        rng = np.random.default_rng([args.seed, step])  # the batch, the same in a resumed run
         cosine = 0.525 + 0.475 * math.cos(math.pi * step / args.steps)  # from 1 to a twentieth
         for group in optimizer.param_groups:
             group["lr"] = group["share"] * args.lr * cosine * min(1, (step + 1) / 100)

@@ -260,31 +260,21 @@ def test_hnet_is_blind_to_padding(stages, gap, rows, length):
         assert not b.boundary[~b.mask].any()
 
 
-def test_reconstruction_compares_the_frame_drawn_with_the_predicted_latent(dataset):
-    model = randomised(lam.LAM(LAM, 16))
-    rows, mask = np.arange(6, 12)[None], masked([3], 6)
+@pytest.mark.parametrize("still", [False, True])
+def test_reconstruction_compares_the_frame_drawn_with_the_predicted_latent(dataset, still):
+    model, rows, mask = randomised(lam.LAM(LAM, 16)), np.arange(6, 12)[None], masked([3], 6)
     z, scale = noise(1, 6, 4).requires_grad_(), [(torch.full((4,), 0.5), 2.0)]
+    if still:
+        dataset.frames = np.full_like(dataset.frames, 100)
 
     loss = skills.reconstruction(model, z, mask, rows, [dataset], scale, np.random.default_rng(0))
 
     loss.backward()
     now, true = (model.frames(dataset, rows[0, 1:3] + gap, "cpu") for gap in (0, 4))
-    drawn = model.fdm(now, 2 * z[0, :2] + 0.5)
-    expected = (drawn - true).square().sum() / (now - true).square().sum()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    error = (model.fdm(now, 2 * z[0, :2] + 0.5) - true).square().sum()
+    copying = 0.1 if still else (now - true).square().sum()
+    assert loss.item() == pytest.approx((error / copying).item(), rel=1e-4)
     assert z.grad[0, :2].abs().min() > 0 and z.grad[0, 2:].abs().max() == 0
-
-
-def test_reconstruction_divides_by_a_tenth_where_nothing_moves(dataset):
-    model, rows, mask = randomised(lam.LAM(LAM, 16)), np.arange(6, 12)[None], masked([3], 6)
-    dataset.frames = np.full_like(dataset.frames, 100)
-    scale, z = [(torch.zeros(4), 1.0)], torch.zeros(1, 6, 4)
-
-    loss = skills.reconstruction(model, z, mask, rows, [dataset], scale, np.random.default_rng(0))
-
-    still = model.frames(dataset, np.array([7, 8]), "cpu")
-    error = (model.fdm(still, z[0, :2]) - still).square().sum()
-    assert loss.item() == pytest.approx(10 * error.item(), rel=1e-4)
 
 
 @HNETS
@@ -344,6 +334,7 @@ def test_events_are_the_middles_of_grasps_and_releases_and_other_changes():
     found = skills.events(np.repeat(names, [4, 3, 5, 6, 5, 2]))
 
     assert found.tolist() == [5, 12, 20]  # middle of grasp; carry to reach; middle of release
+    assert len(skills.events(np.array([], bytes))) == 0
 
 
 def test_f1_score_matches_as_many_boundaries_as_can_be():
@@ -416,8 +407,8 @@ def test_probe_reads_the_action_from_true_motion_and_nothing_from_chance(trained
 
 # ----------------------------------------------------------------------------------------- policy
 def test_targets_of_a_chunk_are_the_next_rows_that_have_one_in_the_episode(dataset):
-    tokens, arrays = policy.read_texts(dataset), {"target": dataset.actions}
-    labels = policy.Labels(dataset, tokens, [0, 3, 4, 13], 1, 1, arrays)  # gap 1, one camera
+    arrays = {"target": dataset.actions}
+    labels = policy.Labels(dataset, [0, 3, 4, 13], 1, 1, arrays)  # gap 1, one camera
 
     batch = policy.get_batch([labels], 50, 4, np.random.default_rng(0), "cpu")
 
@@ -905,8 +896,6 @@ def test_libero_is_evaluated_in_workers_and_reported(libero):
         (None, lam, ["--data", "nowhere"], "nowhere is no packed dataset"),
         (lambda: os.remove(FRAMES), lam, [], "frames.bin is missing"),
         (None, lam, ["--width", 12], "in steps of 8"),
-        (None, lam, ["--latent", 1], "--latent"),
-        (None, lam, ["--seed", -1], "--seed"),
         (None, lam, ["--wrist"], "not all of the sets have a wrist camera"),
         (None, lam, ["--gap", 500], "--gap 500 is longer than all episodes"),
         (None, lam, ["--lr", "inf"], "--lr"),
@@ -915,7 +904,6 @@ def test_libero_is_evaluated_in_workers_and_reported(libero):
         (None, skills, ["--chunk", 1, 3], "--chunk"),
         (None, data, ["libero", "--src", "nowhere"], "no .hdf5"),
         (None, data, ["libero", "--src", "data", "--demos", -3], "--demos"),
-        (None, data, ["video", "--src", "data", "--val", 0.7], "--val"),
         (None, data, ["video", "--src", "data"], "no .mp4"),
         (None, policy, ["--patch", 5], "--patch 5"),
         (None, policy, ["--demos", 1.5], "1.5 is not from 1e-06 to 1"),
@@ -930,7 +918,6 @@ def test_libero_is_evaluated_in_workers_and_reported(libero):
         (lambda: torch.save(torch.load(FIRST) | {"step": 2}, FIRST), skills, [], "step 2 of 4"),
         (lambda: os.environ.update(WORLD_SIZE="2"), skills, [], "one process"),
         (lambda: os.remove(LATENTS), skills, [], "run `python lam.py`"),
-        (lambda: os.truncate(LATENTS, 999), skills, [], "run `python lam.py`"),
         (lambda: np.save(LATENTS, np.load(LATENTS) + 1), policy, [], "made from other latents"),
         (lambda: replace_bytes(FRAMES, b"\xba", b"\xbb"), skills, [], "as it is now"),
         (lambda: shutil.copy(FIRST, "out/toy/skills.pt"), eval_libero, PROMPT, "has not learned"),
@@ -943,7 +930,6 @@ def test_libero_is_evaluated_in_workers_and_reported(libero):
         (lambda: np.save("out/toy/skills1.robot.npy", np.eye(3)), policy, [], "`python skills.py`"),
         (lambda: os.truncate(write_libero(), 9000), data, ["libero"], "stove_demo.hdf5"),
         (lambda: write_libero(**{"obs/agentview_rgb": None}), data, ["libero"], "agentview_rgb"),
-        (lambda: write_libero(**{"obs/joint_states": None}), data, ["libero"], "joint_states"),
         (lambda: write_libero(actions=np.zeros((3, 7))), data, ["libero"], "actions"),
         (lambda: write_libero(actions=np.full((5, 7), np.nan)), data, ["libero"], "NaN"),
         (lambda: write_libero().rename("raw/7.mp4"), data, ["video"], "7.mp4"),
