@@ -216,9 +216,11 @@ def resume(path, stage, settings, model, optimizer, made):
                 fail(f"{path} was trained with {key} {old}, not {new}: choose another --out")
         load_weights(model, record, path)
         optimizer.load_state_dict(record["optimizer"])
-    if record["step"] < record["steps"] and int(os.environ.get("RANK", 0)) == 0:
-        claim(path)
-        for old in path.parent.glob(made):
+    finished = record["step"] >= record["steps"]
+    if int(os.environ.get("RANK", 0)) == 0:
+        if not finished or stage != "policy_pretrain":  # a finished one is read by many
+            claim(path)
+        for old in [] if finished else path.parent.glob(made):
             old.unlink()
     return record["step"], record["log"]
 

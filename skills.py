@@ -1,9 +1,9 @@
 """
 Stage 2, skill discovery: H-Net dynamic chunking over the latent actions of stage 1.
 
-A stage reads vectors, decides where a piece begins, and hands the first vector of each piece to the
-stage above; what comes back is spread over the frames and predicts the next latent action (HiLAM,
-arXiv 2603.05815, section 3.2; H-Net, arXiv 2507.07955).
+A stage of H-Net reads vectors, decides where a chunk begins, and hands the first vector of each to
+the stage above; what comes back is spread over the frames and predicts the next latent action
+(HiLAM, arXiv 2603.05815, section 3.2; H-Net, arXiv 2507.07955).
 
     python skills.py                      # toy world, a minute and a half; LIBERO: --chunk 20 3
 
