@@ -210,6 +210,8 @@ class Agent(nn.Module):
 
     def predict(self, images, tokens, skill, proprio=None):
         """pi_l(o_t, skill): a chunk of normalised actions or latents, (B, chunk, target)."""
+        if skill is not None:
+            skill = skill.round()  # else the text leaks through the last digits of pi_h's skill
         if proprio is not None:
             proprio = (proprio - self.proprio_mean) / self.proprio_scale
         return self.low(images, tokens, skill, proprio).view(len(images), -1, self.shape["target"])

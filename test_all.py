@@ -438,6 +438,16 @@ def test_low_level_is_told_the_text_if_it_is_flat_or_asked_for(skill, low_text, 
     assert torch.equal(a, b) == (not heard)
 
 
+@pytest.mark.parametrize("more, heard", [(0.2, False), (0.4, True)])
+def test_low_level_is_told_the_skill_in_whole_deviations(more, heard):
+    level, tokens, images = agent(8), policy.tokenize("push")[None], noise(1, 1, 3, 32, 32)
+    skill = torch.tensor([[-2, -1, 0, 0, 1, 1, 2, 1.2]])
+
+    a, b = [level.predict(images, tokens, x, torch.zeros(1, 3)) for x in (skill, skill + more)]
+
+    assert torch.equal(a, b) == (not heard)
+
+
 def test_fine_tuning_leaves_the_high_level_exactly_as_it_was_and_changes_the_low_level(trained):
     before, after = (torch.load(trained / f"{stem}.pt")["model"] for stem in list(STAGES)[2:])
 
