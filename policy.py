@@ -210,8 +210,8 @@ class Agent(nn.Module):
 
     def predict(self, images, tokens, skill, proprio=None):
         """pi_l(o_t, skill): a chunk of normalised actions or latents, (B, chunk, target)."""
-        if skill is not None:
-            skill = skill.round()  # else the text leaks through the last digits of pi_h's skill
+        if skill is not None:  # told in whole deviations, or the text leaks through small digits
+            skill = skill + (skill.round() - skill).detach()  # straight-through
         if proprio is not None:
             proprio = (proprio - self.proprio_mean) / self.proprio_scale
         return self.low(images, tokens, skill, proprio).view(len(images), -1, self.shape["target"])
