@@ -3,7 +3,8 @@ Stage 3, the hierarchical policy (HiLAM, arXiv 2603.05815, section 3.3).
 
     pretraining on action-free video, with the arrays of stages 1 and 2 as pseudo-labels:
         high level  pi_h(o_t, text)  -> zbar_t, the skill of frame t
-        low level   pi_l(o_t, skill) -> z_t, z_{t+1}, ... latent actions; skill: what pi_h says
+        low level   pi_l(o_t, skill) -> z_t, z_{t+1}, ... latent actions; skill: what pi_h says,
+                    in whole deviations, so that no text leaks through its small digits
     fine-tuning on a few labelled demonstrations: pi_h is frozen, so the text reaches the actions
     through the skill alone; pi_l gets a new head and learns real actions
 
@@ -210,7 +211,7 @@ class Agent(nn.Module):
 
     def predict(self, images, tokens, skill, proprio=None):
         """pi_l(o_t, skill): a chunk of normalised actions or latents, (B, chunk, target)."""
-        if skill is not None:  # told in whole deviations, or the text leaks through small digits
+        if skill is not None:  # in whole deviations (docs/experiments.md, 1)
             skill = skill + (skill.round() - skill).detach()  # straight-through
         if proprio is not None:
             proprio = (proprio - self.proprio_mean) / self.proprio_scale
