@@ -14,6 +14,7 @@ the same .json, with success by task; a GIF of each task's first success and fir
 OUT/eval_SUITE.png, success over demonstrations with Wilson's 95 % intervals.
 """
 
+import functools
 import json
 import logging
 import math
@@ -47,6 +48,7 @@ LIMITS |= {"libero_goal": 300, "libero_10": 520}  # the most steps of an episode
 SETTLE = 10  # steps of rest before the policy acts: objects fall into place
 TIMEOUT = 1800  # seconds for an episode: LIBERO's reset tries again for ever when it fails
 CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")  # frames, wrist
+load_once = functools.cache(load_agent)  # in each worker
 
 
 def get_args():
@@ -257,7 +259,7 @@ def play(task, episode, args, policy, execute, device):
     with --replay, its demonstration; returns success, steps, film. Runs in a worker."""
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    agent = None if args.replay else load_agent(*policy, device)
+    agent = None if args.replay else load_once(*policy, device)
     with redirect_stdout(None):  # LIBERO prints the order of its tasks
         scene = LiberoEpisode(task, episode, args, agent and agent.shape["size"])
     if agent:
@@ -274,14 +276,16 @@ def play_libero(jobs, workers, *settings):
     ends, its number, success, steps and film. What fails, dies or hangs is tried again, once."""
     # a simulator must not be forked
     pool = ProcessPool(workers, context=multiprocessing.get_context("spawn"))
-    # Ctrl-C is for this process, which ends the workers: they inherit that it is ignored
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    futures = [pool.schedule(play, (*job, *settings), timeout=TIMEOUT) for job in jobs]
-    signal.signal(signal.SIGINT, handler)
-    running = {future: i for i, future in enumerate(futures)}
-    failed_once = set()
+    to_play, running, failed_once = list(range(len(jobs))), {}, set()  # numbers of jobs
     try:
-        while running:
+        while to_play or running:
+            # Ctrl-C is for this process, which ends the workers: they inherit that it is ignored
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            for i in to_play:
+                future = pool.schedule(play, (*jobs[i], *settings), timeout=TIMEOUT)
+                running[future] = i
+            signal.signal(signal.SIGINT, handler)
+            to_play = []
             ended, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in ended:
                 i = running.pop(future)
@@ -294,8 +298,7 @@ def play_libero(jobs, workers, *settings):
                     fail(f"task {task}, episode {episode}, tried twice: {problem}")
                 else:
                     failed_once.add(i)
-                    again = pool.schedule(play, (*jobs[i], *settings), timeout=TIMEOUT)
-                    running[again] = i
+                    to_play.append(i)
     finally:
         pool.stop()
         pool.join()

@@ -248,20 +248,25 @@ class Agent(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------- data
-# What to learn from a packed set: rows to draw from; gap, how many last frames of an episode have
-# no target; arrays {name: (T, D)}: target, which is read in chunks, and true_skill or proprio
-Labels = namedtuple("Labels", "dataset rows gap cameras arrays")
+# What to learn from a packed set: tokens of each episode's sentence; rows to draw from; gap, how
+# many last frames of an episode have no target; arrays {name: (T, D)}: target, which is read in
+# chunks, and true_skill or proprio
+Labels = namedtuple("Labels", "dataset tokens rows gap cameras arrays")
+
+
+def read_texts(dataset):
+    """The sentences of all episodes for the policy, (E, 64)."""
+    return torch.stack([tokenize(episode["text"]) for episode in dataset.episodes])
 
 
 def get_batch(labels, count, chunk, rng, device):
     """Agent.forward's arguments for count random rows, as many of each set."""
     parts = []
-    for dataset, rows, gap, cameras, arrays in labels:
+    for dataset, tokens, rows, gap, cameras, arrays in labels:
         t = rng.choice(rows, max(1, count // len(labels)))
         after = t[:, None] + np.arange(chunk)  # (B, chunk)
         episodes = np.searchsorted(dataset.start, t, side="right") - 1
-        part = {"images": read_images(dataset, t, cameras, "cpu")}
-        part["tokens"] = torch.stack([tokenize(dataset.episodes[e]["text"]) for e in episodes])
+        part = {"images": read_images(dataset, t, cameras, "cpu"), "tokens": tokens[episodes]}
         part["mask"] = torch.from_numpy(after <= dataset.last[t][:, None] - gap)
         for name, array in arrays.items():
             at = np.minimum(after, dataset.total - 1) if name == "target" else t
@@ -313,7 +318,8 @@ def prepare_pretraining(args, sets, shape):
     for d in sets:
         names = {"target": action, "true_skill": skill}
         arrays = {key: load_rows(d, args.out, name) for key, name in names.items() if name}
-        labels.append(Labels(d, d.rows(d.split("train"), gap), gap, cameras, arrays))
+        rows = d.rows(d.split("train"), gap)
+        labels.append(Labels(d, read_texts(d), rows, gap, cameras, arrays))
     known = {name.removeprefix("true_"): join(labels, name) for name in labels[0].arrays}
     widths = {name: array.shape[1] for name, array in known.items()}
     agent = Agent(shape | widths | {"high_cameras": cameras}, vars(args))
@@ -328,7 +334,7 @@ def prepare_finetuning(args, sets, shape, agent):
     for d in sets:
         rows = d.rows(labelled_episodes(d, args.demos, args.tasks))
         arrays = {"target": d.actions, "proprio": d.proprio}
-        labels.append(Labels(d, rows, 0, shape["cameras"], arrays))
+        labels.append(Labels(d, read_texts(d), rows, 0, shape["cameras"], arrays))
     actions, proprio = join(labels, "target"), join(labels, "proprio")
     if agent is None:
         agent = Agent(shape | {"target": actions.shape[1]}, vars(args))

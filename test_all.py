@@ -407,8 +407,8 @@ def test_probe_reads_the_action_from_true_motion_and_nothing_from_chance(trained
 
 # ----------------------------------------------------------------------------------------- policy
 def test_targets_of_a_chunk_are_the_next_rows_that_have_one_in_the_episode(dataset):
-    arrays = {"target": dataset.actions}
-    labels = policy.Labels(dataset, [0, 3, 4, 13], 1, 1, arrays)  # gap 1, one camera
+    tokens, arrays = policy.read_texts(dataset), {"target": dataset.actions}
+    labels = policy.Labels(dataset, tokens, [0, 3, 4, 13], 1, 1, arrays)  # gap 1, one camera
 
     batch = policy.get_batch([labels], 50, 4, np.random.default_rng(0), "cpu")
 
@@ -906,6 +906,8 @@ def test_libero_is_evaluated_in_workers_and_reported(libero):
         (None, lam, ["--data", "nowhere"], "nowhere is no packed dataset"),
         (lambda: os.remove(FRAMES), lam, [], "frames.bin is missing"),
         (None, lam, ["--width", 12], "in steps of 8"),
+        (None, lam, ["--latent", 1], "--latent"),
+        (None, lam, ["--seed", -1], "--seed"),
         (None, lam, ["--wrist"], "not all of the sets have a wrist camera"),
         (None, lam, ["--gap", 500], "--gap 500 is longer than all episodes"),
         (None, lam, ["--lr", "inf"], "--lr"),
@@ -914,6 +916,7 @@ def test_libero_is_evaluated_in_workers_and_reported(libero):
         (None, skills, ["--chunk", 1, 3], "--chunk"),
         (None, data, ["libero", "--src", "nowhere"], "no .hdf5"),
         (None, data, ["libero", "--src", "data", "--demos", -3], "--demos"),
+        (None, data, ["video", "--src", "data", "--val", 0.7], "--val"),
         (None, data, ["video", "--src", "data"], "no .mp4"),
         (None, policy, ["--patch", 5], "--patch 5"),
         (None, policy, ["--demos", 1.5], "1.5 is not from 1e-06 to 1"),
@@ -928,6 +931,7 @@ def test_libero_is_evaluated_in_workers_and_reported(libero):
         (lambda: torch.save(torch.load(FIRST) | {"step": 2}, FIRST), skills, [], "step 2 of 4"),
         (lambda: os.environ.update(WORLD_SIZE="2"), skills, [], "one process"),
         (lambda: os.remove(LATENTS), skills, [], "run `python lam.py`"),
+        (lambda: os.truncate(LATENTS, 999), skills, [], "run `python lam.py`"),
         (lambda: np.save(LATENTS, np.load(LATENTS) + 1), policy, [], "made from other latents"),
         (lambda: replace_bytes(FRAMES, b"\xba", b"\xbb"), skills, [], "as it is now"),
         (lambda: shutil.copy(FIRST, "out/toy/skills.pt"), eval_libero, PROMPT, "has not learned"),
@@ -940,6 +944,7 @@ def test_libero_is_evaluated_in_workers_and_reported(libero):
         (lambda: np.save("out/toy/skills1.robot.npy", np.eye(3)), policy, [], "`python skills.py`"),
         (lambda: os.truncate(write_libero(), 9000), data, ["libero"], "stove_demo.hdf5"),
         (lambda: write_libero(**{"obs/agentview_rgb": None}), data, ["libero"], "agentview_rgb"),
+        (lambda: write_libero(**{"obs/joint_states": None}), data, ["libero"], "joint_states"),
         (lambda: write_libero(actions=np.zeros((3, 7))), data, ["libero"], "actions"),
         (lambda: write_libero(actions=np.full((5, 7), np.nan)), data, ["libero"], "NaN"),
         (lambda: write_libero().rename("raw/7.mp4"), data, ["video"], "7.mp4"),
