@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
+from natsort import natsorted
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -127,12 +128,12 @@ def write(path, content):
         new.unlink(missing_ok=True)
 
 
-def claim(path, wait=False):
-    """Lock path for this process; where another one has it, wait or exit. Returns the lock."""
+def claim(path):
+    """Lock path for this process until it ends; exits where another one has it."""
     try:
         lock = FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=wait)
+        lock.acquire(blocking=False)
         Path(lock.lock_file).write_text(str(os.getpid()))
     except Timeout:
         holder = Path(lock.lock_file).read_text()
@@ -140,7 +141,6 @@ def claim(path, wait=False):
     except (OSError, ValueError) as error:  # ValueError: path has no name
         fail(f"{path} cannot be written ({error})")
     atexit.register(lock.release)  # keeps a reference: without one the lock would end
-    return lock
 
 
 def add_to_log(stem, log, seen, first, begin):
@@ -494,19 +494,12 @@ def pack_toy(out, hand=880, demos=55):
     """Pack so many videos of a hand and demonstrations of each task of a robot, where missing."""
     others = [goal for goal in GOALS if goal not in TASKS]
     mixed = [TASKS[i // 2 % 10] if i % 2 else others[i // 2 % 38] for i in range(hand)]
-    lock = claim(Path(out, "sets"), wait=True)  # of two first runs one packs, the other waits
     for look, goals in (("hand", mixed), ("robot", TASKS * demos)):
         if not Path(out, look).exists():
             pack(Path(out, look), toy_episodes(look, goals), len(goals))
-    lock.release()
 
 
 # ------------------------------------------------------------------------------------- importers
-def natural(name):
-    """A sorting key by which demo_10 comes after demo_9."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(name))]
-
-
 def resize(images, size, fit="crop"):
     """PIL images or uint8 arrays (H, W, 3) -> (T, size, size, 3) uint8, anti-aliased; of one that
     is not square the middle is kept (crop), or all of it, squeezed (squash)."""
@@ -520,7 +513,7 @@ def libero_episodes(args, skipped):
     There obs[j] was seen AFTER actions[j], so the action to learn from obs[j] is actions[j + 1]."""
     import h5py
 
-    files, beyond = sorted(Path(args.src).rglob("*.hdf5"), key=natural), 0
+    files, beyond = natsorted(Path(args.src).rglob("*.hdf5"), key=str), 0
     if not files:
         fail(f"--src {args.src}: no .hdf5 files there")
     for path in files:
@@ -529,7 +522,7 @@ def libero_episodes(args, skipped):
             with h5py.File(path) as file:
                 problem = json.loads(file["data"].attrs["problem_info"])
                 text = "".join(problem["language_instruction"]).strip('" ')
-                names = sorted(file["data"], key=natural)[: args.demos]
+                names = natsorted(file["data"])[: args.demos]
                 if not names or not text:
                     skipped.append(f"{path.name}: no demonstrations, or no sentence")
                     continue
@@ -566,8 +559,8 @@ def libero_arrays(demo, size):
 
 
 def read_captions(path, names):
-    """The captions of clips of these names, "" where there is none, from a JSON object, or from
-    rows, in CSV or JSON, with columns id (or file) and label (or text)."""
+    """The captions of clips of these names, "" where there is none: from a JSON object, or from
+    rows with columns id and label, in CSV or JSON."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         if path.lower().endswith(".json"):
@@ -576,9 +569,8 @@ def read_captions(path, names):
             separator = max(",;\t", key=text.split("\n")[0].count)
             rows = list(csv.DictReader(text.splitlines(keepends=True), delimiter=separator))
         if isinstance(rows, list):
-            rows = {row.get("file") or row["id"]: row.get("text") or row["label"] for row in rows}
-        rows = {key: caption for key, caption in rows.items() if isinstance(caption, str)}
-        found = {VIDEO.sub("", str(key)): caption for key, caption in rows.items()}
+            rows = {row["id"]: row["label"] for row in rows}
+        found = {VIDEO.sub("", str(key)): x for key, x in rows.items() if isinstance(x, str)}
     except Exception as error:
         fail(f"{path}: no captions with columns id and label ({type(error).__name__} {error})")
     captions = [found.get(name, found.get(Path(name).name, "")) for name in names]
@@ -597,7 +589,7 @@ def read_clip(path, args):
     frames, problem, rate = [], "", 0
     try:
         if path.is_dir():
-            for file in sorted(path.iterdir(), key=natural):
+            for file in natsorted(path.iterdir(), key=str):
                 if IMAGE.search(file.name):
                     image = ImageOps.exif_transpose(Image.open(file))
                     frames += [*resize([image], args.size, args.fit)]
@@ -630,7 +622,7 @@ def read_clip(path, args):
 def video_episodes(args, skipped):
     """Episodes of video files and image folders, named by path; problems are added to skipped."""
     root = Path(args.src)
-    found = [root, *sorted(root.rglob("*"), key=natural)]
+    found = [root, *natsorted(root.rglob("*"), key=str)]
     folders = {path.parent for path in found if IMAGE.search(path.name)}
     files = [path for path in found if VIDEO.search(path.name) or path in folders]
     if not files:

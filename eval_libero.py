@@ -33,6 +33,7 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from natsort import natsorted
 from pebble import ProcessPool
 from PIL import Image
 from scipy.stats import binomtest
@@ -177,7 +178,7 @@ def set_demonstration(env, path, index):
     import h5py
 
     with h5py.File(path) as file:
-        names = sorted(file["data"], key=data.natural)
+        names = natsorted(file["data"])
         if index >= len(names):
             raise ValueError(f"{path} holds {len(names)} demonstrations: --episodes {len(names)}")
         demo = file["data"][names[index]]
@@ -202,7 +203,7 @@ class LiberoEpisode:
 
         suite = get_benchmark(args.suite)()
         names = suite.get_task_names()
-        name = sorted(names, key=data.natural)[task]  # numbered as in policy.py
+        name = natsorted(names)[task]  # numbered as in policy.py
         index = names.index(name)  # LIBERO's own number
         bddl = suite.get_task_bddl_file_path(index)
         self.env = OffScreenRenderEnv(bddl_file_name=bddl, horizon=10**9)  # we count its steps

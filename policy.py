@@ -31,11 +31,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from natsort import natsorted
 from torch import nn
 from tqdm import tqdm
 
 import data
-from data import COUNT, REAL, WIDTH, fail, natural, number, write
+from data import COUNT, REAL, WIDTH, fail, number, write
 from lam import ConvBlock, read_images, to_images, warp
 from skills import load_rows, stack
 
@@ -288,7 +289,7 @@ def labelled_episodes(dataset, demos, tasks):
     """The first demos training episodes (float: that share) of the tasks with these numbers."""
     train = dataset.split("train")
     of = np.array([dataset.episodes[e]["task"] for e in train])
-    names = sorted(set(of), key=natural)
+    names = natsorted(set(of))
     if tasks and max(tasks) >= len(names):
         fail(f"--tasks {max(tasks)}: there are {len(names)} tasks, numbered from 0")
     if tasks:

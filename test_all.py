@@ -56,7 +56,7 @@ CAPTIONS = {
     "a.json": '[{"id": "b/2", "label": "push; a cup"}, {"id": 1, "label": "hold a pen"}]',
     "b.json": '{"2": "push; a cup", "1": "hold a pen"}',
     "c.csv": 'id;label\nb/2.MKV;"push; a cup"\n1;hold a pen\n',
-    "d.csv": "file,text\n2.MKV,push; a cup\n1,hold a pen\n",
+    "d.csv": "id,label\n2.MKV,push; a cup\n1,hold a pen\n",
 }
 HNETS = pytest.mark.parametrize("stages, gap", [(2, 1), (3, 4)])
 
@@ -498,16 +498,13 @@ def test_toy_demonstration_replayed_puts_the_blocks_where_the_text_says(goal):
         assert np.abs(place[block] - place[tray]).max() < data.TRAY_HALF
 
 
-@pytest.mark.parametrize("runs", [1, 2])
-def test_packing_starts_anew_after_a_kill_and_only_once_where_two_run(runs):
+def test_packing_starts_anew_after_a_kill():
     data.pack_toy("alone", 4, 1)
     Path("toy/hand.part").mkdir(parents=True)
     Path("toy/hand.part/frames.bin").write_bytes(b"left over")
 
-    with ProcessPoolExecutor(runs) as pool:
-        packing = [pool.submit(data.pack_toy, "toy", 4, 1) for _ in range(runs)]
+    data.pack_toy("toy", 4, 1)
 
-    assert [run.exception() for run in packing] == [None] * runs
     assert contents(Path("toy")) == contents(Path("alone"))
 
 
@@ -549,9 +546,12 @@ def test_file_for_which_there_is_no_room_leaves_the_old_one(tmp_path, capsys, na
     assert contents(tmp_path) == before and "stays as it was" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script, path", [(skills, "out/toy/skills.pt"), (eval_libero, RECORDS)])
+@pytest.mark.parametrize(
+    "script, path",
+    [(skills, "data/toy/robot"), (skills, "out/toy/skills.pt"), (eval_libero, RECORDS)],
+)
 def test_file_that_another_process_writes_is_refused(folder, capsys, script, path):
-    os.remove(path)
+    os.rename(path, "away")
 
     with ProcessPoolExecutor(1, None, data.claim, [Path(path)]) as pool:
         pid = pool.submit(os.getpid).result()  # once it has claimed the file
