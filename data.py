@@ -24,8 +24,7 @@ import signal
 import sys
 import time
 import zlib
-from concurrent.futures import ProcessPoolExecutor
-from itertools import permutations, repeat
+from itertools import permutations
 from pathlib import Path
 from shutil import rmtree
 
@@ -34,12 +33,13 @@ import torch
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from natsort import natsorted
+from pebble import ProcessPool
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 TOY_SETS = ["data/toy/hand", "data/toy/robot"]
-VIDEO = re.compile(r"\.(mp4|m4v|mov|mkv|avi|webm|gif|mpg)$", re.IGNORECASE)
-IMAGE = re.compile(r"\.(png|jpg|jpeg|bmp|webp)$", re.IGNORECASE)
+VIDEO = re.compile(r"\.(mp4|m4v|mov|mkv|avi|webm|gif|mpg|mpeg|wmv)$", re.IGNORECASE)
+IMAGE = re.compile(r"^[^.].*\.(png|jpg|jpeg|bmp|webp)$", re.IGNORECASE)  # macOS: ._a.png
 
 
 # ------------------------------------------------------------------------- command line and start
@@ -92,8 +92,9 @@ def interrupted(*_):
 
 def start(device):
     """Join the processes that torchrun started; returns the torch.device that --device names, the
-    rank of this process (only rank 0 writes and prints) and how many there are."""
+    rank of this process (only rank 0 writes) and how many there are."""
     signal.signal(signal.SIGINT, interrupted)  # Ctrl-C
+    signal.signal(signal.SIGTERM, interrupted)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
@@ -120,7 +121,7 @@ def write(path, content):
                 content.savefig(file, format="png")
             else:
                 text = content if isinstance(content, str) else json.dumps(content, indent=1)
-                file.write(text.encode())
+                file.write(text.encode(errors="backslashreplace"))
         os.replace(new, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: what torch makes of an OSError
         fail(f"{path} cannot be written and stays as it was ({error})")
@@ -145,7 +146,8 @@ def claim(path):
 
 def add_to_log(stem, log, seen, first, begin):
     """Add the mean of the last steps' values, seen (dicts with a key step), to log, a list of such
-    rows; print it; write STEM_log.csv and its curves, STEM_log.png."""
+    rows; print it; write STEM_log.csv and its curves, STEM_log.png. first, begin: the step and the
+    time at which this run began."""
     row = {key: float(np.mean([values[key] for values in seen])) for key in seen[0]}
     row["step"] = seen[-1]["step"]
     log.append(row)
@@ -170,14 +172,14 @@ def stop_unless_finite(norm, step, path):
 
 
 def checksum(*arrays):
-    """Checksum of up to a thousand rows of each array: does a run go on with the same data?"""
+    """Checksum of up to a thousand rows of each array, by which other data are noticed."""
     parts = [array[:: 1 + len(array) // 1000].tobytes() for array in arrays]
     return zlib.crc32(b"".join(parts))
 
 
 def file_checksum(path):
     """Checksum of a file, 0 where there is none."""
-    return zlib.crc32(path.read_bytes()) if path.exists() else 0
+    return zlib.crc32(path.read_bytes()) if os.path.exists(path) else 0
 
 
 def load_checkpoint(path, stage, finished=True):
@@ -206,9 +208,9 @@ def load_weights(model, record, path):
 def resume(path, stage, settings, model, optimizer, made):
     """Load model and optimizer from the checkpoint at path; returns its step and log, or 0 and [].
     Exits when settings, what decides the result, have changed, or another process writes path.
-    made: a pattern of the files made after training; those of an earlier one are deleted."""
+    made: a pattern of the report's files that must not outlive a new training."""
     record = {"step": 0, "steps": 1, "log": []}
-    if path.exists():
+    if os.path.exists(path):
         record = load_checkpoint(path, stage, finished=False)
         for key, new in settings.items():
             old = record["settings"].get(key)
@@ -217,11 +219,11 @@ def resume(path, stage, settings, model, optimizer, made):
         load_weights(model, record, path)
         optimizer.load_state_dict(record["optimizer"])
     finished = record["step"] >= record["steps"]
-    if int(os.environ.get("RANK", 0)) == 0:
-        if not finished or stage != "policy_pretrain":  # a finished one is read by many
-            claim(path)
-        for old in [] if finished else path.parent.glob(made):
-            old.unlink()
+    if int(os.environ.get("RANK", 0)) == 0 and not (finished and stage == "policy_pretrain"):
+        claim(path)  # a finished pretraining is only read, perhaps by several runs at once
+        if not finished:
+            for old in path.parent.glob(made):
+                old.unlink()
     return record["step"], record["log"]
 
 
@@ -259,7 +261,7 @@ class Packed:
             fail(f"{file} is missing, or not as episodes.json says ({error})")
 
     def checksum(self, *others):
-        """Of images, lengths and splits, which latents are made from, and of other arrays."""
+        """Checksum of images, lengths and splits, which decide the latents, and other arrays."""
         known = [self.open(key) for key in ("frames", "wrist", *others) if key in self.arrays]
         parts = list(zip(self.length.tolist(), self.splits.tolist(), strict=True))
         return zlib.crc32(json.dumps(parts).encode(), checksum(*known))
@@ -277,7 +279,7 @@ class Packed:
 
 def open_sets(paths):
     """Packed datasets, checked to fit each other. The toy world is packed when it is missing."""
-    if any(path in TOY_SETS and not Path(path).exists() for path in paths):
+    if any(path in TOY_SETS and not os.path.exists(path) for path in paths):
         pack_toy("data/toy")
     sets = [Packed(path) for path in paths]
     if len({dataset.name for dataset in sets}) < len(sets):
@@ -300,15 +302,16 @@ def check_array(key, value, frames, where):
         right = value.dtype == np.uint8 and value.shape[1:] == (side, side, 3)
     if key in ("proprio", "actions"):
         right = value.dtype == np.float32 and value.ndim == 2 and np.isfinite(value).all()
-    if not right or len(value) != len(frames) or len(frames) == 0:
+    if not right or len(value) != len(frames) or value.size == 0:
         expected = "frames, wrist uint8 (T, S, S, 3); proprio, actions float32 (T, D), no NaN"
         fail(f"{where}: {key} {value.dtype} {value.shape} beside {len(frames)} frames; {expected}")
 
 
 def pack(out, episodes, total=None, skipped=()):
-    """Pack episodes, total times (text, task, split, {name: array over its frames}), into a folder;
-    exits when arrays do not fit each other, or hold NaN. skipped is written to OUT/skipped.txt."""
-    out, part = Path(out), Path(f"{out}.part")
+    """Pack episodes, each (text, task, split, {name: array over its frames}), into a folder; total:
+    how many. Exits when arrays do not fit each other, or hold NaN. skipped: for OUT/skipped.txt."""
+    out = Path(out)
+    part = Path(f"{out}.part")
     claim(out)
     if out.exists():
         fail(f"{out} exists already: delete it or choose another --out")
@@ -328,8 +331,8 @@ def pack(out, episodes, total=None, skipped=()):
             arrays = arrays or kinds
             if kinds != arrays:
                 fail(f"{where}: arrays {kinds} are not as before: {arrays}")
-            if split not in ("train", "val"):
-                fail(f"{where}: split {split!r} is neither train nor val")
+            if split not in ("train", "val") or not isinstance(text or "", str):
+                fail(f"{where}: {split!r} is neither train nor val, or {text!r} is no str")
             record = {"length": len(frames), "text": text or "", "split": split}
             records.append(record | {"task": str(task)})
         if not records:
@@ -342,8 +345,7 @@ def pack(out, episodes, total=None, skipped=()):
         fail(f"{out} cannot be written ({error})")
     finally:
         rmtree(part, ignore_errors=True)
-    problems = f"; {len(skipped)} problems, see skipped.txt" if skipped else ""
-    print(f"{out}: {len(records)} episodes, arrays {', '.join(arrays)}{problems}")
+    print(f"{out}: {len(records)} episodes, arrays {', '.join(arrays)}; {len(skipped)} problems")
 
 
 # --------------------------------------------------------------------------------- the toy world
@@ -447,7 +449,8 @@ def toy_demonstrate(look, goal, seed):
     rng = np.random.default_rng([*seed, 1])
     speed = rng.uniform(0.65, 1.0) - (0.15 if look == "hand" else 0.0)
     home = rng.uniform(0.2, 0.8, 2)  # where the hand retreats to
-    angle, rest, velocity = 0.0, 0, np.zeros(2)  # off course, in radians; frames still to rest
+    angle, rest = 0.0, 0  # radians off the straight line; frames that it still rests
+    velocity = np.zeros(2)
     film = []
     plan = [(block, phase) for block in (0, 1) for phase in ("reach", "grasp", "carry", "release")]
     plan += [(1, "retreat")] * int(rng.integers(3, 7))  # one for each frame of it
@@ -456,6 +459,7 @@ def toy_demonstrate(look, goal, seed):
         hand, thing = world.hand[0, :2], world.objects[0, goal[2 * block]]
         tray = world.objects[0, 4 + goal[2 * block + 1]]
         slot = tray + [(-0.07, 0.07)[block], 0]  # the first block's is on the left
+        # the way still to go: of the block to its slot, of the hand home, of the hand to the block
         away = {"carry": slot - thing, "retreat": home - hand}.get(phase, thing - hand)
         distance = math.hypot(*away) + 1e-9
         moving = phase not in ("grasp", "release")
@@ -472,7 +476,6 @@ def toy_demonstrate(look, goal, seed):
         done = {"grasp": world.hand[0, 2] < 0.01, "release": world.hand[0, 2] > 0.99}
         if done.get(phase, distance < 0.05) or phase == "retreat":
             plan.pop(0)
-            velocity = velocity * (phase == "retreat")  # else it stops
     # all frames are drawn at once, each as a table of its own
     world.hand, world.objects, world.held, actions, phases = map(np.array, zip(*film, strict=True))
     arrays = {"frames": world.frames(slice(None)), "truth_phase": phases.astype(bytes)}
@@ -491,7 +494,7 @@ def toy_episodes(look, goals):
 
 
 def pack_toy(out, hand=880, demos=55):
-    """Pack so many videos of a hand and demonstrations of each task of a robot, where missing."""
+    """Pack hand videos, and demos demonstrations of each task by a robot, where missing."""
     others = [goal for goal in GOALS if goal not in TASKS]
     mixed = [TASKS[i // 2 % 10] if i % 2 else others[i // 2 % 38] for i in range(hand)]
     for look, goals in (("hand", mixed), ("robot", TASKS * demos)):
@@ -568,6 +571,8 @@ def read_captions(path, names):
         else:
             separator = max(",;\t", key=text.split("\n")[0].count)
             rows = list(csv.DictReader(text.splitlines(keepends=True), delimiter=separator))
+            if any(None in row for row in rows):
+                raise ValueError("a row is longer than the first: put captions in quotes")
         if isinstance(rows, list):
             rows = {row["id"]: row["label"] for row in rows}
         found = {VIDEO.sub("", str(key)): x for key, x in rows.items() if isinstance(x, str)}
@@ -592,12 +597,12 @@ def read_clip(path, args):
             for file in natsorted(path.iterdir(), key=str):
                 if IMAGE.search(file.name):
                     image = ImageOps.exif_transpose(Image.open(file))
+                    if image.mode[0] in "IF":  # Pillow would make them white
+                        raise ValueError(f"{file.name} has more than 8 bits a colour")
                     frames += [*resize([image], args.size, args.fit)]
         else:
             video = av.open(str(path))
             stream = video.streams.video[0]
-            if stream.codec_context is None:  # PyAV 17 crashes where it has no decoder
-                raise ValueError("no decoder")
             rate = round(float(stream.average_rate or 0))
             times = []
             for frame in video.decode(video=0):
@@ -624,18 +629,22 @@ def video_episodes(args, skipped):
     root = Path(args.src)
     found = [root, *natsorted(root.rglob("*"), key=str)]
     folders = {path.parent for path in found if IMAGE.search(path.name)}
+    folders -= {path.parent for path in found if VIDEO.search(path.name)}  # there, thumbnails
     files = [path for path in found if VIDEO.search(path.name) or path in folders]
     if not files:
         fail(f"--src {args.src}: no .mp4 or other videos there, no folders of .png or other images")
-    above = root.parent if files[0] == root else root
-    names = [VIDEO.sub("", str(path.relative_to(above))) for path in files]
+    names = [VIDEO.sub("", str(x.relative_to(root)) if x != root else x.name) for x in files]
     captions = read_captions(args.labels, names) if args.labels else [""] * len(names)
     rates = set()
     ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process
-    with ProcessPoolExecutor(args.workers, None, signal.signal, ignore) as pool:
+    pool = ProcessPool(args.workers, initializer=signal.signal, initargs=ignore)
+    try:
         for begin in range(0, len(files), 16):  # a few at a time, so that memory stays flat
-            clips = pool.map(read_clip, files[begin : begin + 16], repeat(args))
-            for i, (frames, problem, rate) in enumerate(clips, begin):
+            clips = [pool.schedule(read_clip, (path, args)) for path in files[begin : begin + 16]]
+            for i, clip in enumerate(clips, begin):
+                died = clip.exception()  # as a decoder may
+                crash = [], f"its reader died ({died})", 0
+                frames, problem, rate = crash if died else clip.result()
                 rates.add(rate)
                 if problem:
                     skipped.append(f"{names[i]}: {problem}")
@@ -643,6 +652,9 @@ def video_episodes(args, skipped):
                     held_out = math.ceil((i + 1) * args.val) > math.ceil(i * args.val)
                     split = "val" if held_out else "train"
                     yield captions[i], names[i], split, {"frames": np.stack(frames)}
+    finally:
+        pool.stop()
+        pool.join()
     rates -= {0}  # of images, of what could not be opened
     if len(rates) > 1 and not args.fps:
         print(f"{sorted(rates)} frames a second are mixed: --fps makes a gap of k one time")

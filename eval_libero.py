@@ -11,7 +11,8 @@ so. The policy decides at every step in the toy world, at every eighth in LIBERO
 
 Writes OUT/eval_SUITE_NAME_DEMOS.jsonl, a line an episode, from which a killed evaluation goes on;
 the same .json, with success by task; a GIF of each task's first success and first failure; and
-OUT/eval_SUITE.png, success over demonstrations with Wilson's 95 % intervals.
+OUT/eval_SUITE.png, success over demonstrations with Wilson's 95 % intervals. --prompt, --replay and
+--tasks are added to these names.
 """
 
 import functools
@@ -22,7 +23,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
-from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures import as_completed
 from contextlib import redirect_stdout
 from ctypes.util import find_library
 from importlib.metadata import version
@@ -49,7 +50,7 @@ LIMITS |= {"libero_goal": 300, "libero_10": 520}  # the most steps of an episode
 SETTLE = 10  # steps of rest before the policy acts: objects fall into place
 TIMEOUT = 1800  # seconds for an episode: LIBERO's reset tries again for ever when it fails
 CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")  # frames, wrist
-load_once = functools.cache(load_agent)  # in each worker
+load_once = functools.cache(load_agent)  # a worker loads a policy once, not for each episode
 
 
 def get_args():
@@ -75,14 +76,15 @@ def get_args():
 
 # -------------------------------------------------------------------------------------- the loop
 def ensemble(past, chunk, execute):
-    """Temporal aggregation (ACT, BAKU): a step's action is the mean of what was predicted for it,
-    weighted by exp(0.01 age), age in steps. chunk (B, n, A): predicted now, of age 0; past (B, n,
-    A + 1), at first 0: for the same n steps the weighted sums of what was predicted before, and the
-    sums of its weights. Returns the actions (B, execute, A) and past for the next decision."""
-    total = past + np.insert(chunk, chunk.shape[-1], 1, axis=-1)  # the newest: age 0, weight 1
-    actions, weights = total[:, :execute, :-1], total[:, :execute, -1:]
-    later = np.pad(total[:, execute:], ((0, 0), (0, execute), (0, 0)))
-    return actions / weights, math.exp(0.01 * execute) * later  # all are older by then
+    """Temporal aggregation (ACT, BAKU): several decisions predicted an action for the same step;
+    their mean is taken, weighted by exp(0.01 age), age: how many steps ago the decision was made.
+    chunk (B, n, A): what is predicted now for the next n steps. past (B, n, A + 1): of what was
+    predicted for these steps before the weighted sum and, last, the sum of the weights; at first
+    0. Returns the next actions (B, execute, A), and past for the next decision."""
+    total = past + np.insert(chunk, chunk.shape[-1], 1, axis=-1)  # predicted now: weight 1
+    mean = total[:, :, :-1] / total[:, :, -1:]
+    later = np.pad(total[:, execute:], ((0, 0), (0, execute), (0, 0)))  # the steps still to come
+    return mean[:, :execute], math.exp(0.01 * execute) * later  # older by then
 
 
 def rollout(world, agent, execute):
@@ -277,29 +279,26 @@ def play_libero(jobs, workers, *settings):
     ends, its number, success, steps and film. What fails, dies or hangs is tried again, once."""
     # a simulator must not be forked
     pool = ProcessPool(workers, context=multiprocessing.get_context("spawn"))
-    to_play, running, failed_once = list(range(len(jobs))), {}, set()  # numbers of jobs
+    numbers = range(len(jobs))
     try:
-        while to_play or running:
+        for attempt in (1, 2):
             # Ctrl-C is for this process, which ends the workers: they inherit that it is ignored
             handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-            for i in to_play:
-                future = pool.schedule(play, (*jobs[i], *settings), timeout=TIMEOUT)
-                running[future] = i
+            running = {}  # {future: number}
+            for i in numbers:
+                running[pool.schedule(play, (*jobs[i], *settings), timeout=TIMEOUT)] = i
             signal.signal(signal.SIGINT, handler)
-            to_play = []
-            ended, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in ended:
-                i = running.pop(future)
-                error = future.exception()
+            numbers = []  # of what failed
+            for future in as_completed(list(running)):
+                i, error = running.pop(future), future.exception()
                 if error is None:
                     yield i, *future.result()
-                elif i in failed_once:
+                elif attempt == 1:
+                    numbers.append(i)
+                else:
                     task, episode = jobs[i]
                     problem = f"{type(error).__name__} {error}"
                     fail(f"task {task}, episode {episode}, tried twice: {problem}")
-                else:
-                    failed_once.add(i)
-                    to_play.append(i)
     finally:
         pool.stop()
         pool.join()
@@ -372,7 +371,7 @@ def evaluate(args, device, out, name, demos, agent):
     jobs = [job for job in wanted if job not in records]
     if toy:
         world = ToyEpisodes(jobs, args)
-        if args.prompt and jobs:  # other, a control: the video of the next episode's table
+        if args.prompt and jobs:  # --prompt other: a control, the video of the next episode
             shown = [(task, episode + (args.prompt == "other")) for task, episode in jobs]
             world.prompts = read_prompts(ToyEpisodes(shown, args), out, agent, device)
         played = rollout(world, agent.to(device), execute)
@@ -402,7 +401,8 @@ def summarise(reports, suite, path):
     axis = figure.subplots()
     cells = {}  # {policy: {demonstrations: the reports of all run folders}}
     for report in reports:
-        cells.setdefault(report["variant"], {}).setdefault(report["demos"], []).append(report)
+        row = cells.setdefault(report["variant"], {})
+        row.setdefault(str(report["demos"]), []).append(report)  # 1 demonstration is not 1.0, all
     for i, (name, row) in enumerate(cells.items()):
         points = []  # success, and its interval's ends
         for demos, runs in row.items():

@@ -43,7 +43,7 @@ def get_args():
     add("--wrist", action="store_true", help="see and draw the wrist camera too")
     add = parser.add_argument_group("model and training").add_argument
     add("--width", type=WIDTH, default=32, help="channels at first, doubled twice")
-    add("--reverse", action="store_true", help="show every other pair backwards, against habit")
+    add("--reverse", action="store_true", help="show every other pair backwards")
     add("--warp", type=REAL, default=0.0, help="random affine maps for the IDM; LIBERO: 0.4")
     add("--batch", type=COUNT, default=64, help="frame pairs a step and process, of all sets")
     add("--lr", type=number(float, 1e-9), default=4e-3, help="peak learning rate of AdamW")
@@ -163,7 +163,7 @@ class LAM(nn.Module):
 
     def forward(self, now, future, warp_by=0.0):
         """Frame t+k, drawn from frame t and the latent action; the IDM sees warped frames."""
-        seen = warp(now, future, warp_by) if warp_by else (now, future)
+        seen = warp([now, future], warp_by) if warp_by else (now, future)
         return self.fdm(now, self.idm(*seen))
 
     def frames(self, dataset, rows, device):
@@ -180,22 +180,23 @@ def load_lam(out, dataset, device):
     return model.to(device)
 
 
-def warp(now, future, amount):
-    """Both frames (B, C, S, S) under one random affine map a sample and camera: the code of a
-    motion must not depend on where the camera stands."""
+def warp(frames, amount):
+    """Frames, a list of (B, C, S, S), all under one random affine map a sample and camera: the code
+    of a motion must not depend on where the camera stands."""
+    now = frames[0]
     shape = (now.shape[0] * now.shape[1] // 3, 3, *now.shape[2:])  # cameras apart
     turn = torch.eye(2) + amount * torch.randn(shape[0], 2, 2).clamp(-2, 2) / 2
     shift = amount * (torch.rand(shape[0], 2, 1) - 0.5)
     affine = torch.cat([turn, shift], dim=2).to(now.device)
     grid = F.affine_grid(affine, shape, align_corners=False)
-    pair = [now.reshape(shape), future.reshape(shape)]
-    warped = [F.grid_sample(x, grid, padding_mode="border", align_corners=False) for x in pair]
+    cameras = [x.reshape(shape) for x in frames]
+    warped = [F.grid_sample(x, grid, padding_mode="border", align_corners=False) for x in cameras]
     return [x.view_as(now) for x in warped]
 
 
 # ------------------------------------------------------------------------------------------- data
 def get_batch(model, sets, rows, count, reverse, rng, device):
-    """count frame pairs, as many of each set: I_t and I_{t+k}, (count, C, S, S) each."""
+    """About count frame pairs, as many of each set: I_t and I_{t+k}, (count, C, S, S) each."""
     nows, futures = [], []
     for dataset, choice in zip(sets, rows, strict=True):
         t = rng.choice(choice, max(1, count // len(sets)))
@@ -241,7 +242,7 @@ def gripper_events(dataset, rows, gap):
 
 def probe(sets, latents, gap):
     """Linear probes on held-out episodes of the last set whose truth is known: R2 of the actions,
-    F1 of "closes" and "opens". Only here does this stage open actions."""
+    F1 of "closes" and "opens". Only here does this stage use actions."""
     figures = {}
     for dataset, z in zip(sets, latents, strict=True):
         train = dataset.rows(dataset.split("train"), gap)
@@ -315,7 +316,7 @@ def draw(path, model, sets, latents, device):
         codes.append(true)
         strip.append((f"{dataset.name}: frame t", to_pixels(now)))
         strip.append((f"frame t+{model.gap}", to_pixels(future)))
-        tried = {"the true z": true, "the z of the frame on its left": true.roll(1, 0)}
+        tried = {"the true z": true, "the z of another frame": true.roll(1, 0)}
         for name, code in (tried | {"z = 0": 0 * true}).items():
             strip.append((f"FDM with {name}", to_pixels(model.fdm(now, code))))
     if len(sets) > 1:

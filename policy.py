@@ -176,20 +176,20 @@ class Policy(nn.Module):
         told = [] if self.text is None else [self.text(sentence)]
         if self.skill is not None:
             told.append(self.skill(skill))
-        first, *others = told  # the first also steers the image encoder, one for all cameras
-        condition = first.repeat_interleave(cameras, 0)
+        steering, *others = told  # the first also steers the image encoder, one for all cameras
+        condition = steering.repeat_interleave(cameras, 0)
         seen = self.image(images.flatten(0, 1), condition).view(b, cameras, -1)
         missing = self.no_camera.expand(b, self.cameras - cameras, -1)
         body = self.no_proprio.expand(b, -1) if proprio is None else self.proprio(proprio)
         last = torch.stack([body, *others, self.action.expand(b, -1)], dim=1)
-        tokens = torch.cat([first[:, None], seen, missing, last], dim=1)
+        tokens = torch.cat([steering[:, None], seen, missing, last], dim=1)
         mixed = self.mix(tokens + self.kind).view(b, -1, tokens.shape[-1])
         return self.head(mixed[:, -1])  # read at ACTION
 
 
 class Agent(nn.Module):
-    """Both levels, or a flat policy, with mean and scale of proprio, target and skill. shape: a
-    dict of size, cameras, high_cameras and the widths of these three (skill 0: a flat policy)."""
+    """Both levels, or a flat policy; mean and scale of proprio, target, skill. shape: a dict of the
+    widths of these (skill 0: flat), size, cameras, high_cameras (pi_h sees what all video has)."""
 
     def __init__(self, shape, settings):
         super().__init__()
@@ -218,18 +218,18 @@ class Agent(nn.Module):
             proprio = (proprio - self.proprio_mean) / self.proprio_scale
         return self.low(images, tokens, skill, proprio).view(len(images), -1, self.shape["target"])
 
-    def forward(self, images, tokens, target, mask, proprio=None, true_skill=None):
+    def forward(self, images, tokens, target, mask, proprio=None, skill=None):
         """The l1 losses of a batch, a dict. target (B, chunk, D) counts where mask (B, chunk) is
-        True; proprio is given in fine-tuning only, true_skill (B, D) in pretraining only."""
+        True; proprio is given in fine-tuning only, the true skill (B, D) in pretraining only."""
         losses = {}
         target = (target - self.target_mean) / self.target_scale
-        skill = self.predict_skill(images, tokens)
-        if true_skill is not None:
-            true_skill = (true_skill - self.skill_mean) / self.skill_scale
-            losses["skill"] = (skill - true_skill).abs().mean()
-            skill = skill.detach()  # each level learns from its own labels
-        error = (self.predict(images, tokens, skill, proprio) - target).abs().mean(-1)
-        losses["action"] = (error * mask).mean()  # in pretraining: of the latent actions
+        predicted = self.predict_skill(images, tokens)
+        if skill is not None:
+            skill = (skill - self.skill_mean) / self.skill_scale
+            losses["skill"] = (predicted - skill).abs().mean()
+            predicted = predicted.detach()  # each level learns from its own labels
+        error = (self.predict(images, tokens, predicted, proprio) - target).abs().mean(-1)
+        losses["action"] = (error * mask).mean()  # in pretraining: of what stands for actions
         return losses
 
     @torch.no_grad()
@@ -249,9 +249,9 @@ class Agent(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------- data
-# What to learn from a packed set: tokens of each episode's sentence; rows to draw from; gap, how
-# many last frames of an episode have no target; arrays {name: (T, D)}: target, which is read in
-# chunks, and true_skill or proprio
+# What to learn from a packed set. tokens (E, 64): each episode's sentence; rows: to draw from; gap:
+# how many last frames of an episode have no target; arrays {name: (T, D)}: target, whose rows t,
+# t+1, ... are a chunk, and skill or proprio, whose row t is read
 Labels = namedtuple("Labels", "dataset tokens rows gap cameras arrays")
 
 
@@ -280,7 +280,7 @@ def augment(images, amount):
     """Images (B, cameras, 3, S, S) under random affine maps, of random contrast and brightness."""
     if amount:
         flat = images.flatten(0, 1)  # (B cameras, 3, S, S)
-        images = warp(flat, flat, amount)[0].view_as(images)
+        images = warp([flat], amount)[0].view_as(images)
     gain, offset = torch.rand(2, len(images), 1, 1, 1, 1, device=images.device)
     return ((images - 0.5) * (0.8 + 0.4 * gain) + (0.4 + 0.2 * offset)).clamp(0, 1)
 
@@ -317,11 +317,11 @@ def prepare_pretraining(args, sets, shape):
     cameras = min(shape["cameras"], 1 + all(d.wrist is not None for d in sets))
     labels = []
     for d in sets:
-        names = {"target": action, "true_skill": skill}
+        names = {"target": action, "skill": skill}
         arrays = {key: load_rows(d, args.out, name) for key, name in names.items() if name}
         rows = d.rows(d.split("train"), gap)
         labels.append(Labels(d, read_texts(d), rows, gap, cameras, arrays))
-    known = {name.removeprefix("true_"): join(labels, name) for name in labels[0].arrays}
+    known = {name: join(labels, name) for name in labels[0].arrays}
     widths = {name: array.shape[1] for name, array in known.items()}
     agent = Agent(shape | widths | {"high_cameras": cameras}, vars(args))
     for name, array in known.items():
@@ -329,11 +329,11 @@ def prepare_pretraining(args, sets, shape):
     return agent, labels
 
 
-def prepare_finetuning(args, sets, shape, agent):
+def prepare_finetuning(args, sets, episodes, shape, agent):
     """The pretrained agent, or a new one, made ready for real actions, and the demonstrations."""
     labels = []
-    for d in sets:
-        rows = d.rows(labelled_episodes(d, args.demos, args.tasks))
+    for d, chosen in zip(sets, episodes, strict=True):
+        rows = d.rows(chosen)
         arrays = {"target": d.actions, "proprio": d.proprio}
         labels.append(Labels(d, read_texts(d), rows, 0, shape["cameras"], arrays))
     actions, proprio = join(labels, "target"), join(labels, "proprio")
@@ -401,10 +401,10 @@ def main():
     labelled = [d for d in sets if d.actions is not None]
     if not labelled or any(d.proprio is None for d in labelled):
         fail("fine-tuning needs a packed set with actions, and proprio beside them")
-    cameras = 1 + all(d.wrist is not None for d in labelled)
+    episodes = [labelled_episodes(d, args.demos, args.tasks) for d in labelled]
     skill, action = VARIANTS[args.variant]
     shape = {"size": sets[0].frames.shape[1], "proprio": labelled[0].proprio.shape[1]}
-    shape |= {"cameras": cameras, "high_cameras": cameras}
+    shape["cameras"] = shape["high_cameras"] = 1 + all(d.wrist is not None for d in labelled)
     shape["skill"] = 64 if skill else 0  # 64: of hilam_scratch; pretraining sets the skills' own
     texts = [zlib.crc32(str(d.episodes).encode()) for d in sets]
     made_from = {"data": [d.checksum("proprio", "actions") for d in sets] + texts}
@@ -422,10 +422,10 @@ def main():
                 del settings[key]  # they do not matter to pretraining
         else:
             steps, peak = args.steps, (args.finetune_lr if agent else args.lr)
-            agent, labels = prepare_finetuning(args, labelled, shape, agent)
+            agent, labels = prepare_finetuning(args, labelled, episodes, shape, agent)
         sample = get_batch(labels, 256, args.chunk, np.random.default_rng(0), device)
-        begin_with = [*sample.values(), *agent.state_dict().values()]
-        settings["labels_and_weights"] = data.checksum(*[x.cpu().numpy() for x in begin_with])
+        fingerprint = [*sample.values(), *agent.state_dict().values()]  # of labels, pretraining
+        settings["labels_and_weights"] = data.checksum(*[x.cpu().numpy() for x in fingerprint])
         agent.to(device)
         learning = [p for p in agent.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(learning, lr=peak, weight_decay=1e-3, fused=True)

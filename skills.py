@@ -9,7 +9,7 @@ the stage above; what comes back is spread over the frames and predicts the next
 
 Expect on the toy world: F1 of stage 1's boundaries with grasps and releases above 0.9, of a uniform
 cut 0.25. Writes to OUT skills.pt, .json, .png, the log, and for each set boundaries.SET.npy (T,
-stages), skills<s>.SET.npy (T, 2 width), a skill a frame, and uniform<s>.SET.npy, of a uniform cut.
+stages), skills<s>.SET.npy, a skill a frame, and the same of a uniform cut, uniform<s>.SET.npy.
 """
 
 import math
@@ -48,7 +48,7 @@ def get_args():
 
 
 # ------------------------------------------------------------------------------- dynamic chunking
-# What a stage decided: p, b and mask (B, L), False on padding; and its encoder's h (B, L, D).
+# What a stage decided: p_t, b_t and mask (B, L), False on padding; its encoder's h (B, L, D).
 Routing = namedtuple("Routing", "probability boundary mask vectors")
 
 
@@ -59,7 +59,7 @@ def ste(c):
 
 def route(q, k, mask, least=1, apart=1):
     """Boundary probability p_t and boundaries b_t, (B, L), of q, k (B, L, D) (H-Net, section 2.2).
-    No chunk is shorter than least; where vectors overlap, k_t meets q_{t-apart}."""
+    Chunks last least positions or longer; where vectors overlap, k_t meets q_{t-apart}."""
     at = torch.arange(1, q.shape[1], device=q.device)
     before, now = q[:, (at - apart).clamp_min(0)], k[:, 1:]
     norms = torch.linalg.vecdot(before, before) * torch.linalg.vecdot(now, now)
@@ -171,7 +171,7 @@ class HNet(nn.Module):
     def __init__(self, settings, latent, gap):
         super().__init__()
         width, stages = settings["width"], len(settings["chunk"])
-        self.overlap = gap > 1  # of the latents: then the change of z is predicted
+        self.overlap = gap > 1  # then adjacent latents share frames: their change is predicted
         self.embed = nn.Linear(latent, width, bias=False)
         self.stage = Stage(width, stages, settings["layers"], settings["least"], max(1, gap // 2))
         self.norm = nn.RMSNorm(width)
@@ -188,22 +188,22 @@ class HNet(nn.Module):
 def sum_ahead(values, boundary):
     """Sums of values (T, D) from each frame to its segment's end; where the next begins (T,)."""
     ends = np.append(np.flatnonzero(boundary)[1:], len(boundary))  # where each segment ends
-    following = ends[np.cumsum(boundary) - 1]
+    next_start = ends[np.cumsum(boundary) - 1]
     before = np.pad(np.cumsum(values, 0, np.float64), ((1, 0), (0, 0)))  # row t: all before t
-    return before[following] - before[:-1], following
+    return before[next_start] - before[:-1], next_start
 
 
 def skill_vectors(vectors, boundary, rule, last):
     """The skill of every frame, from vectors (T, D), boundary (T,) and the last frame of each one's
-    episode (T,): the vector at its segment's first frame (first); or side by side (plan, (T, 2 D))
-    the mean from it to its segment's end and that of the next segment."""
+    episode (T,). first: the vector at its segment's first frame. plan, (T, 2 D): the mean of the
+    vectors from this frame to its segment's end, and beside it the mean over the next segment."""
     if rule == "first":
         k = np.cumsum(boundary) - 1  # k_t, counted from 0
         return vectors[np.flatnonzero(boundary)[k]]  # zbar_t = z_{k_t}
-    total, following = sum_ahead(vectors, boundary)
-    count = following - np.arange(len(boundary))
+    total, next_start = sum_ahead(vectors, boundary)
+    count = next_start - np.arange(len(boundary))
     ahead = (total / count[:, None]).astype(np.float32)
-    after = ahead[np.minimum(following, last)]  # in an episode's last segment its last vector
+    after = ahead[np.minimum(next_start, last)]  # in an episode's last segment its last vector
     return np.concatenate([ahead, after], axis=1)
 
 
@@ -294,11 +294,13 @@ def segment(model, dataset, latents, gap, device):
 
 
 def events(phase):
-    """Frames where phase (L,) changes, bytes: middles of grasps and releases, starts of others."""
+    """The frames at which a demonstrator goes on to another phase; phase (L,): each frame's, bytes.
+    A grasp or release counts once, at its middle, not at its start and end."""
     starts = np.flatnonzero(np.append(True, phase[1:] != phase[:-1])[: len(phase)])
+    ends = np.append(starts[1:], len(phase)) - 1  # the last frame of each
     short = np.isin(phase[starts], [b"grasp", b"release"])
-    middles = (starts + np.append(starts[1:], len(phase)) - 1)[short] // 2
-    others = starts[1:][~short[1:] & ~short[:-1]]  # not the end of a grasp or release
+    middles = (starts + ends)[short] // 2
+    others = starts[1:][~short[1:] & ~short[:-1]]  # between two phases that are long
     return np.sort(np.append(middles, others))
 
 
@@ -347,7 +349,7 @@ def draw(path, sets, boundaries):
     colours = ["white", "orange", "red", "purple"]  # by how many stages cut there, or at t + 1
     for dataset, b in zip(sets, boundaries, strict=True):
         rows = dataset.rows(dataset.split("val")[:1])[:-1:2]
-        for line in np.array_split(rows, -(-len(rows) // 20)):
+        for line in np.array_split(rows, max(1, -(-len(rows) // 20))):
             for c, t in enumerate(line):
                 marks[len(strip), c] = colours[min(b[t : t + 2].any(0).sum(), 3)]
             strip.append((dataset.name, dataset.frames[line]))

@@ -36,7 +36,7 @@ torch.set_num_threads(1)
 TRAIN = ["--steps", 4, "--log-every", 2, "--batch", 8]
 SMALL = [*TRAIN, "--width", 16, "--layers", 1]
 TINY = {  # words that make a script's run short
-    data: ["--src", "raw", "--out", "set", "--size", 16],
+    data: ["--src", "raw", "--out", "set/", "--size", 16],
     lam: [*TRAIN, "--width", 8],
     skills: SMALL,
     policy: [*SMALL, "--channels", 8, "--pretrain-steps", 4, "--demos", 1],
@@ -48,6 +48,7 @@ LAM = {"wrist": False, "gap": 4, "latent": 4, "width": 8, "odd": False}
 POLICY = {"width": 16, "channels": 8, "patch": 4, "chunk": 4}
 FRAMES, TEXTS = "data/toy/hand/frames.bin", "data/toy/robot/episodes.json"
 ACTIONS = "data/toy/robot/actions.bin"
+PRETRAINED = "out/toy/policy_pretrain_skills1_latents.pt"
 FIRST, LATENTS = "out/toy/lam.pt", "out/toy/latents.hand.npy"
 RECORDS = "out/toy/eval_toy_hilam_1_tasks0-3-5.jsonl"
 PROMPT = ["--variant", "hilam", "--prompt", "video"]
@@ -367,7 +368,7 @@ def test_odd_half_of_a_latent_changes_sign_under_time_reversal():
 def test_warp_moves_both_frames_alike_by_its_strength(amount, least, most):
     frames = noise(3, 6, 32, 32)
 
-    now, future = lam.warp(frames, frames, amount)
+    now, future = lam.warp([frames, frames], amount)
 
     assert torch.equal(now, future)
     assert least <= (now - frames).abs().mean() <= most
@@ -512,6 +513,7 @@ def test_packing_starts_anew_after_a_kill():
     "split, change, message",
     [
         ("training", {}, "neither train nor val"),
+        ("val", {"proprio": np.zeros((4, 0), np.float32)}, "actions float32"),
         ("val", {"wrist": np.zeros((4, 16, 16, 3), np.uint8)}, "not as before"),
         ("val", {"frames": np.zeros((4, 16, 16, 3), np.float32)}, "wrist uint8"),
         ("val", {"frames": np.zeros((4, 16, 12, 3), np.uint8)}, "wrist uint8"),
@@ -631,11 +633,11 @@ def write_clip(path, width=32, fps=10, upright=False):
         Path(path).write_bytes(film)
 
 
-def write_images(folder, ending, greys=GREYS):
-    """A folder of grey images, whose names do not sort like their numbers."""
-    Path(folder).mkdir(parents=True)
+def write_images(folder, ending, greys=GREYS, mode="L"):
+    """Grey images in a folder, whose names do not sort like their numbers."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
     for i, grey in enumerate(greys):
-        Image.new("L", (32 + i, 32), grey).save(f"{folder}/frame{i}{ending}")
+        Image.new(mode, (32 + i, 32), grey).save(f"{folder}/frame{i}{ending}")
 
 
 @pytest.mark.parametrize("name", CAPTIONS)
@@ -644,6 +646,7 @@ def test_clips_are_read_from_any_depth_in_order_and_with_their_captions(name):
     write_images("raw/b/c/d", ".png")
     for clip in ("b/2.MKV", "b/10.mov", "b/c/film.avi", "e.mpg"):
         write_clip(f"raw/{clip}")
+    write_images("raw/b", ".jpg")  # thumbnails of the videos there are no clip
     Path(name).write_text(CAPTIONS[name], encoding="utf-8-sig")  # with a byte order mark
 
     run(data, "video", "--workers", 2, "--labels", name)
@@ -685,6 +688,7 @@ def test_clips_that_cannot_be_read_or_compared_are_named(capsys):
     os.truncate("raw/bad.mp4", 900)
     os.truncate("raw/half.mkv", 2 * os.path.getsize("raw/half.mkv") // 3)
     write_images("raw/still", ".png", GREYS[:1])
+    write_images("raw/deep", ".png", GREYS, "I;16")  # 16 bits a colour
 
     run(data, "video")
 
@@ -692,9 +696,9 @@ def test_clips_that_cannot_be_read_or_compared_are_named(capsys):
     assert [episode["task"] for episode in packed.episodes] == ["good", "half"]
     assert packed.length[0] == 12 and 1 < packed.length[1] < 12
     skipped = Path("set/skipped.txt").read_text().splitlines()
-    assert [line.split(":")[0] for line in skipped] == ["bad", "half", "still"]
+    assert [line.split(":")[0] for line in skipped] == ["bad", "deep", "half", "still"]
     printed = capsys.readouterr().out
-    assert "3 problems" in printed and "[2, 10] frames a second are mixed" in printed
+    assert "4 problems" in printed and "[2, 10] frames a second are mixed" in printed
 
 
 # ------------------------------------------------------------------------- training and resuming
@@ -920,7 +924,7 @@ def test_libero_is_evaluated_in_workers_and_reported(libero):
         (None, data, ["video", "--src", "data"], "no .mp4"),
         (None, policy, ["--patch", 5], "--patch 5"),
         (None, policy, ["--demos", 1.5], "1.5 is not from 1e-06 to 1"),
-        (None, policy, ["--variant", "flat", "--demos", 99], "--demos 99: task"),
+        (lambda: os.remove(PRETRAINED), policy, ["--demos", 99], "--demos 99: task"),
         (None, policy, ["--variant", "flat", "--tasks", 10], "there are 10 tasks"),
         (None, eval_libero, ["--variant", "flat", "--prompt", "video"], "has not learned"),
         (None, eval_libero, ["--demos", 7], "policy_hilam_7.pt"),
