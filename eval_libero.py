@@ -371,9 +371,11 @@ def evaluate(args, device, out, name, demos, agent):
     jobs = [job for job in wanted if job not in records]
     if toy:
         world = ToyEpisodes(jobs, args)
-        if args.prompt and jobs:  # --prompt other: a control, the video of the next episode
-            shown = [(task, episode + (args.prompt == "other")) for task, episode in jobs]
-            world.prompts = read_prompts(ToyEpisodes(shown, args), out, agent, device)
+        if args.prompt and jobs:
+            shown = ToyEpisodes(jobs, args)
+            if args.prompt == "other":  # a control: another goal on the same table
+                shown.goals = [GOALS[GOALS.index(goal) - 1] for goal in shown.goals]
+            world.prompts = read_prompts(shown, out, agent, device)
         played = rollout(world, agent.to(device), execute)
     else:
         played = play_libero(jobs, args.workers, args, (out, name, demos), execute, device)

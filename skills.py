@@ -447,12 +447,13 @@ def main():
         prediction, routings = model(z, mask)
         l_latent = (prediction[:, :-1] - z[:, 1:]).abs()[mask[:, 1:]].mean()  # l1
         l_rec = reconstruction(lam, prediction, mask, rows, sets, scale, rng)
-        loss = l_latent + args.rec * l_rec
+        loss = l_latent + args.rec * l_rec  # lambda_rec
         row = {"step": step + 1, "L_latent": l_latent.item(), "L_rec": l_rec.item()}
         for s, (routing, n) in enumerate(zip(routings, args.chunk, strict=True), 1):
             l_ratio, f, g = ratio_loss(routing.boundary, routing.probability, routing.mask, n)
-            loss = loss + args.ratio * l_ratio
+            loss = loss + args.ratio * l_ratio  # lambda_ratio
             row |= {f"F{s}": f.item(), f"G{s}": g.item()}
+        row["loss"] = loss.item()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
