@@ -155,8 +155,7 @@ class Stage(nn.Module):
     def forward(self, x, mask):
         """x (B, L, D), mask (B, L) -> output (B, L, D), Routings of this stage and all above it."""
         h = self.encoder(x)
-        # H-Net makes k of h too; here k is what arrives at t, and q what the encoder expected of it
-        p, boundary = route(self.q(h), self.k(x), mask, *self.limits)
+        p, boundary = route(self.q(h), self.k(x), mask, *self.limits)  # H-Net makes k of h too
         z, inner_mask, position = chunk(h, boundary)
         top = not isinstance(self.main, Stage)
         z, above = (self.main(z), []) if top else self.main(z, inner_mask)
@@ -294,14 +293,12 @@ def segment(model, dataset, latents, gap, device):
 
 
 def events(phase):
-    """The frames at which a demonstrator goes on to another phase; phase (L,): each frame's, bytes.
-    A grasp or release counts once, at its middle, not at its start and end."""
+    """Frames where phase (L,), bytes, changes; a grasp or release counts once, at its middle."""
     starts = np.flatnonzero(np.append(True, phase[1:] != phase[:-1])[: len(phase)])
     ends = np.append(starts[1:], len(phase)) - 1  # the last frame of each
     short = np.isin(phase[starts], [b"grasp", b"release"])
-    middles = (starts + ends)[short] // 2
     others = starts[1:][~short[1:] & ~short[:-1]]  # between two phases that are long
-    return np.sort(np.append(middles, others))
+    return np.sort(np.append((starts + ends)[short] // 2, others))
 
 
 def f1_score(found, true, slack=2):
