@@ -1,5 +1,5 @@
 """
-Tests of everything on tiny data, 80 s with LIBERO: python -m pytest -q test_all.py
+Tests of everything on tiny data, 100 s with LIBERO: python -m pytest -q test_all.py
 Kill each script at 20 random moments and compare, half an hour: python test_all.py --kill 20
 Speed of chunking (pip install h-net-dynamic-chunking==0.5.19): python test_all.py
 """
