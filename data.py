@@ -129,12 +129,12 @@ def write(path, content):
         new.unlink(missing_ok=True)
 
 
-def claim(path):
-    """Lock path for this process until it ends; exits where another one has it."""
+def claim(path, wait=False):
+    """Lock path for this process; where another one has it, wait or exit. Returns the lock."""
     try:
         lock = FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
+        lock.acquire(blocking=wait)
         Path(lock.lock_file).write_text(str(os.getpid()))
     except Timeout:
         holder = Path(lock.lock_file).read_text()
@@ -142,6 +142,7 @@ def claim(path):
     except (OSError, ValueError) as error:  # ValueError: path has no name
         fail(f"{path} cannot be written ({error})")
     atexit.register(lock.release)  # keeps a reference: without one the lock would end
+    return lock
 
 
 def add_to_log(stem, log, seen, first, begin):
@@ -497,9 +498,11 @@ def pack_toy(out, hand=880, demos=55):
     """Pack hand videos, and demos demonstrations of each task by a robot, where missing."""
     others = [goal for goal in GOALS if goal not in TASKS]
     mixed = [TASKS[i // 2 % 10] if i % 2 else others[i // 2 % 38] for i in range(hand)]
+    lock = claim(Path(out, "sets"), wait=True)  # of two first runs, as torchrun's, one packs
     for look, goals in (("hand", mixed), ("robot", TASKS * demos)):
         if not Path(out, look).exists():
             pack(Path(out, look), toy_episodes(look, goals), len(goals))
+    lock.release()
 
 
 # ------------------------------------------------------------------------------------- importers

@@ -136,11 +136,11 @@ class ToyEpisodes:
             self.alive &= ~done & (self.steps < self.limit)
 
 
-def read_prompts(episodes, out, agent, device):
+def read_prompts(episodes, goals, out, agent, device):
     """What tells the policy the task in place of a sentence: of each of these ToyEpisodes the
-    skills of a video in which a hand does its task on its table, a step each, (B, limit, D)."""
+    skills of a video in which a hand reaches its goal on its table, a step each, (B, limit, D)."""
     stage = VARIANTS[agent.settings["variant"]][0]
-    pairs = zip(episodes.goals, episodes.seeds, strict=True)
+    pairs = zip(goals, episodes.seeds, strict=True)
     films = [data.toy_demonstrate("hand", goal, seed) for goal, seed in pairs]
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/videos"
@@ -371,10 +371,10 @@ def evaluate(args, device, out, name, demos, agent):
     if toy:
         world = ToyEpisodes(jobs, args)
         if args.prompt and jobs:
-            shown = ToyEpisodes(jobs, args)
+            goals = world.goals
             if args.prompt == "other":  # a control: another goal on the same table
-                shown.goals = [GOALS[GOALS.index(goal) - 1] for goal in shown.goals]
-            world.prompts = read_prompts(shown, out, agent, device)
+                goals = [GOALS[GOALS.index(goal) - 1] for goal in goals]
+            world.prompts = read_prompts(world, goals, out, agent, device)
         played = rollout(world, agent.to(device), execute)
     else:
         played = play_libero(jobs, args.workers, args, (out, name, demos), execute, device)

@@ -320,6 +320,17 @@ def test_skill_is_the_first_vector_or_what_is_ahead_in_this_segment_and_the_next
     assert found.T.tolist() == expected[rule]
 
 
+@pytest.mark.parametrize("numbers, moving", [(1, 1), (3, 2)])
+def test_way_to_a_segments_end_is_that_of_all_numbers_but_the_gripper(dataset, numbers, moving):
+    dataset.actions = noise(19, numbers).numpy()
+    boundary = np.isin(np.arange(19), [0, 6, 9, 15])
+    way, _ = skills.sum_ahead(dataset.actions[:, :moving], boundary)
+
+    _, found = skills.skill_r2(dataset, 1000 * way, boundary)
+
+    assert len(found) == moving and min(found) > 0.9
+
+
 def test_uniform_boundaries_are_as_many_in_each_episode_and_evenly_spread():
     boundary = np.isin(np.arange(29), [0, 1, 2, 3, 20, 28])
 
@@ -519,13 +530,16 @@ def test_toy_demonstration_replayed_puts_the_blocks_where_the_text_says(goal):
         assert np.abs(place[block] - place[tray]).max() < data.TRAY_HALF
 
 
-def test_packing_starts_anew_after_a_kill():
+@pytest.mark.parametrize("runs", [1, 2])
+def test_packing_starts_anew_after_a_kill_and_only_once_where_two_run(runs):
     data.pack_toy("alone", 4, 1)
     Path("toy/hand.part").mkdir(parents=True)
     Path("toy/hand.part/frames.bin").write_bytes(b"left over")
 
-    data.pack_toy("toy", 4, 1)
+    with ProcessPoolExecutor(runs) as pool:
+        packing = [pool.submit(data.pack_toy, "toy", 4, 1) for _ in range(runs)]
 
+    assert [run.exception() for run in packing] == [None] * runs
     assert contents(Path("toy")) == contents(Path("alone"))
 
 
@@ -540,6 +554,7 @@ def test_packing_starts_anew_after_a_kill():
         ("val", {"frames": np.zeros((0, 16, 16, 3), np.uint8)}, "0 frames"),
         ("val", {"action": np.zeros((4, 2), np.float32)}, "proprio, actions"),
         ("val", {"proprio": np.zeros((4, 2))}, "actions float32"),
+        ("val", {"actions": np.zeros(4, np.float32)}, "actions float32"),
         ("val", {"actions": np.zeros((3, 2), np.float32)}, "beside 4 frames"),
     ],
 )
@@ -734,6 +749,19 @@ def test_training_again_gives_the_same_numbers(trained, folder, monkeypatch, ste
     assert_same(folder, trained)
 
 
+@pytest.mark.parametrize("stem", STAGES)
+def test_log_is_written_as_a_table_and_drawn(trained, stem):
+    log = torch.load(trained / f"{stem}.pt")["log"]
+
+    header, *lines = (trained / f"{stem}_log.csv").read_text().splitlines()
+    picture = Image.open(trained / f"{stem}_log.png").convert("L")
+
+    assert [row["step"] for row in log] == [2, 4] and header == ",".join(log[0])
+    for line, row in zip(lines, log, strict=True):
+        assert list(map(float, line.split(","))) == pytest.approx(list(row.values()), rel=1e-4)
+    assert np.ptp(picture) > 50
+
+
 def test_training_reads_no_held_out_row_and_no_truth(trained, folder):
     for path in map(Path, data.TOY_SETS):
         dataset = data.Packed(path)
@@ -834,7 +862,8 @@ def test_interrupted_evaluation_goes_on_and_counts_a_success_at_once(folder, mon
 
     records = [json.loads(line) for line in log.read_text().splitlines()]
     found = [(record["task"], record["success"], record["steps"]) for record in records]
-    assert found[2:] == [(3, True, 1), (5, False, 6)]  # the first is not repeated
+    assert found[:2] == [(0, False, 6), (3, False, 6)]  # the first is not repeated
+    assert found[2:] == [(3, True, 1), (5, False, 6)]
     report = json.loads(log.with_suffix(".json").read_text())
     assert (report["wins"], report["ci95"]) == (1, [0.0615, 0.7923])  # Wilson's interval
 
@@ -843,10 +872,10 @@ def test_skills_read_in_a_video_are_those_of_the_same_video_in_the_packed_set(fo
     sets = [data.Packed(path) for path in data.TOY_SETS]
     jobs = [3, 8]  # videos of the hand
     goals = [data.GOALS[int(sets[0].episodes[i]["task"])] for i in jobs]
-    episodes = SimpleNamespace(goals=goals, seeds=[[0, i] for i in jobs], limit=120)
+    episodes = SimpleNamespace(seeds=[[0, i] for i in jobs], limit=120)
     acting = policy.load_agent("out/toy", "hilam", 1, "cpu")
 
-    prompts = eval_libero.read_prompts(episodes, "out/toy", acting, "cpu")
+    prompts = eval_libero.read_prompts(episodes, goals, "out/toy", acting, "cpu")
 
     skill = np.load("out/toy/skills1.hand.npy")
     for i, found in zip(jobs, prompts, strict=True):
@@ -973,13 +1002,17 @@ def test_libero_is_evaluated_in_workers_and_reported(libero):
         (None, lam, ["--data", "nowhere"], "nowhere is no packed dataset"),
         (lambda: os.remove(FRAMES), lam, [], "frames.bin is missing"),
         (None, lam, ["--width", 12], "in steps of 8"),
+        (None, lam, ["--latent", 1], "--latent"),
+        (None, lam, ["--seed", -1], "--seed"),
         (None, lam, ["--wrist"], "not all of the sets have a wrist camera"),
         (None, lam, ["--gap", 500], "--gap 500 is longer than all episodes"),
         (None, lam, ["--lr", "inf"], "--lr"),
         (None, lam, ["--lr", 1e30, "--out", "new"], "the gradient is"),
         (None, lam, ["--device", "cuda:99"], "--device cuda:99"),
+        (None, skills, ["--chunk", 1, 3], "--chunk"),
         (None, data, ["libero", "--src", "nowhere"], "no .hdf5"),
         (None, data, ["libero", "--src", "data", "--demos", -3], "--demos"),
+        (None, data, ["video", "--src", "data", "--val", 0.7], "--val"),
         (None, data, ["video", "--src", "data"], "no .mp4"),
         (None, policy, ["--patch", 5], "--patch 5"),
         (None, policy, ["--demos", 1.5], "1.5 is not from 1e-06 to 1"),
@@ -993,6 +1026,7 @@ def test_libero_is_evaluated_in_workers_and_reported(libero):
         (lambda: os.truncate(FIRST, 3000), lam, [], "missing or damaged"),
         (lambda: torch.save(torch.load(FIRST) | {"step": 2}, FIRST), skills, [], "step 2 of 4"),
         (lambda: os.environ.update(WORLD_SIZE="2"), skills, [], "one process"),
+        (lambda: os.remove(LATENTS), skills, [], "run `python lam.py`"),
         (lambda: os.truncate(LATENTS, 999), skills, [], "run `python lam.py`"),
         (lambda: np.save(LATENTS, np.load(LATENTS) + 1), policy, [], "made from other latents"),
         (lambda: replace_bytes(FRAMES, b"\xba", b"\xbb"), skills, [], "as it is now"),
@@ -1006,6 +1040,7 @@ def test_libero_is_evaluated_in_workers_and_reported(libero):
         (lambda: np.save("out/toy/skills1.robot.npy", np.eye(3)), policy, [], "`python skills.py`"),
         (lambda: os.truncate(write_libero(), 9000), data, ["libero"], "stove_demo.hdf5"),
         (lambda: write_libero(**{"obs/agentview_rgb": None}), data, ["libero"], "agentview_rgb"),
+        (lambda: write_libero(**{"obs/joint_states": None}), data, ["libero"], "joint_states"),
         (lambda: write_libero(actions=np.zeros((3, 7))), data, ["libero"], "actions"),
         (lambda: write_libero(actions=np.full((5, 7), np.nan)), data, ["libero"], "NaN"),
         (lambda: write_libero().rename("raw/7.mp4"), data, ["video"], "7.mp4"),
