@@ -304,8 +304,8 @@ def to_pixels(images):
 
 @torch.no_grad()
 def draw(path, model, sets, latents, device):
-    """What the FDM draws from the true latent, another moment's and zero, for each set; and what
-    the first set's first latent does to all frames of the last set (hand to robot)."""
+    """How the FDM changes frame t with the true latent and with another moment's, for each set; and
+    with the first set's first latent in all frames of the last set (hand to robot)."""
     rng = np.random.default_rng(1)
     strip, codes = [], []
     for dataset, z in zip(sets, latents, strict=True):
@@ -315,14 +315,14 @@ def draw(path, model, sets, latents, device):
         true = torch.from_numpy(z[rows]).to(device)
         codes.append(true)
         strip.append((f"{dataset.name}: frame t", to_pixels(now)))
-        strip.append((f"frame t+{model.gap}", to_pixels(future)))
-        tried = {"the true z": true, "the z of another frame": true.roll(1, 0)}
-        for name, code in (tried | {"z = 0": 0 * true}).items():
-            strip.append((f"FDM with {name}", to_pixels(model.fdm(now, code))))
-    if len(sets) > 1:
-        moved = model.fdm(now, codes[0][:1].expand(len(now), -1))
-        strip.append((f"FDM with the first z of {sets[0].name}", to_pixels(moved)))
-    draw_strip(path, strip, f"the true z draws frame t+{model.gap}, any other moves otherwise")
+        strip.append((f"what changes until frame t+{model.gap}", to_pixels(0.5 + future - now)))
+        tried = {"the true z": true, "the z of the frame on its left": true.roll(1, 0)}
+        if dataset is sets[-1] and len(sets) > 1:
+            tried[f"the first z of {sets[0].name}, in all frames"] = codes[0][:1].expand_as(true)
+        for name, code in tried.items():
+            change = model.fdm(now, code) - now
+            strip.append((f"what the FDM changes with {name}", to_pixels(0.5 + change)))
+    draw_strip(path, strip, "grey: nothing changes; only the true z changes what the video does")
 
 
 def report(out, model, sets, device):
