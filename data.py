@@ -80,7 +80,7 @@ def make_parser(doc, steps=None):
         add("--data", nargs="+", default=TOY_SETS, help="packed datasets")
         add("--out", default="out/toy", help="run folder, one for all stages")
         add("--steps", type=COUNT, default=steps, help="training steps")
-        add("--seed", type=SEED, default=0, help="same seed, same result")
+        add("--seed", type=SEED, default=0, help="same seed and threads, same result")
         add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
         add("--log-every", type=COUNT, default=100, help="steps between lines of log, checkpoints")
     return parser
@@ -92,7 +92,7 @@ def interrupted(*_):
 
 def start(device):
     """Join the processes that torchrun started; returns the torch.device that --device names, the
-    rank of this process (only rank 0 writes) and how many there are."""
+    rank of this process (only rank 0 writes to OUT) and how many there are."""
     signal.signal(signal.SIGINT, interrupted)  # Ctrl-C
     signal.signal(signal.SIGTERM, interrupted)
     if device == "auto":
@@ -173,7 +173,7 @@ def stop_unless_finite(norm, step, path):
 
 
 def checksum(*arrays):
-    """Checksum of up to a thousand rows of each array, by which other data are noticed."""
+    """Checksum of up to a thousand rows of each array: other data are noticed, one row may not."""
     parts = [array[:: 1 + len(array) // 1000].tobytes() for array in arrays]
     return zlib.crc32(b"".join(parts))
 
@@ -398,7 +398,7 @@ class ToyWorld:
         opening = self.hand[:, 2]
         distance = np.abs(self.objects[:, :4] - self.hand[:, None, :2]).max(-1)  # (B, 4)
         near = (self.held < 0) & (distance.min(1) < REACH)
-        touch = close & near & (np.abs(opening - 1 / 3) < 0.1)
+        touch = close & near & (np.abs(opening - 1 / 3) < 0.1)  # a closed hand grasps nothing
         drop = ~close & (opening > 0.5)
         self.held = np.where(touch, distance.argmin(1), np.where(drop, -1, self.held))
         carry = np.flatnonzero(self.held >= 0)

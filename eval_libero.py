@@ -78,8 +78,8 @@ def ensemble(past, chunk, execute):
     """Temporal aggregation (ACT, BAKU): several decisions predicted an action for the same step;
     their mean is taken, weighted by exp(0.01 age), age: how many steps ago the decision was made.
     chunk (B, n, A): what is predicted now for the next n steps. past (B, n, A + 1): of what was
-    predicted for these steps before the weighted sum and, last, the sum of the weights; at first
-    0. Returns the next actions (B, execute, A), and past for the next decision."""
+    predicted for these steps before the weighted sum and, last, the sum of the weights; 0 at
+    first. Returns the next actions (B, execute, A), and past for the next decision."""
     total = past + np.insert(chunk, chunk.shape[-1], 1, axis=-1)  # predicted now: weight 1
     mean = total[:, :, :-1] / total[:, :, -1:]
     later = np.pad(total[:, execute:], ((0, 0), (0, execute), (0, 0)))  # the steps still to come
@@ -87,8 +87,8 @@ def ensemble(past, chunk, execute):
 
 
 def rollout(world, agent, execute):
-    """Observe, decide, execute, until the last of a world's episodes has ended. Yields of each,
-    when it does, its number, success, steps, and the frames that the policy saw, a list."""
+    """Observe, decide, execute, until the last of a world's episodes has ended. As each ends,
+    yields its number, success, steps, and the list of frames that the policy saw."""
     films = [[] for _ in world.alive]
     past = np.zeros((len(films), agent.settings["chunk"], agent.shape["target"] + 1))
     while world.alive.any():
@@ -276,8 +276,7 @@ def play(task, episode, args, policy, execute, device):
 def play_libero(jobs, workers, *settings):
     """Play jobs, (task, episode), in so many workers with these settings. Yields of each, when it
     ends, its number, success, steps and film. What fails, dies or hangs is tried again, once."""
-    # a simulator must not be forked
-    pool = ProcessPool(workers, context=multiprocessing.get_context("spawn"))
+    pool = ProcessPool(workers, context=multiprocessing.get_context("spawn"))  # never by fork
     numbers = range(len(jobs))
     try:
         for attempt in (1, 2):
@@ -371,9 +370,8 @@ def evaluate(args, device, out, name, demos, agent):
     if toy:
         world = ToyEpisodes(jobs, args)
         if args.prompt and jobs:
-            goals = world.goals
-            if args.prompt == "other":  # a control: another goal on the same table
-                goals = [GOALS[GOALS.index(goal) - 1] for goal in goals]
+            shift = int(args.prompt == "other")  # a control: another goal on the same table
+            goals = [GOALS[GOALS.index(goal) - shift] for goal in world.goals]
             world.prompts = read_prompts(world, goals, out, agent, device)
         played = rollout(world, agent.to(device), execute)
     else:

@@ -6,7 +6,7 @@ action z_t = f(I_t, I_{t+k}). A forward dynamics model (FDM) sees frame t and z_
 frame t+k: I_{t+k} ~ g(I_t, z_t). They learn together from that drawing alone, so z has to say what
 moved (HiLAM, arXiv 2603.05815, section 3.1; UniSkill, CoRL 2025): a wrong z must draw worse.
 
-    python lam.py                                      # toy world, a minute and a half on a laptop
+    python lam.py                                      # toy world, two minutes on a laptop
     python lam.py --data data/libero_10 --out out/libero_10 --gap 8 --latent 128 --wrist \\
                   --reverse --odd --warp 0.4 --lr 2e-3 --steps 1500
 
@@ -118,8 +118,7 @@ class IDM(nn.Module):
 
 class FDM(nn.Module):
     """Forward dynamics model, I_{t+k} ~ g(I_t, z_t): (B, C, S, S), (B, latent) -> (B, C, S, S).
-    A U-Net with FiLM by z at every scale on the way up: with it at the bottleneck only, z would be
-    ignored."""
+    A U-Net with FiLM by z at every scale on the way up, so that z cannot be ignored."""
 
     def __init__(self, channels, size, latent, width):
         super().__init__()
@@ -185,9 +184,9 @@ def warp(frames, amount):
     of a motion must not depend on where the camera stands."""
     now = frames[0]
     shape = (now.shape[0] * now.shape[1] // 3, 3, *now.shape[2:])  # cameras apart
-    turn = torch.eye(2) + amount * torch.randn(shape[0], 2, 2).clamp(-2, 2) / 2
+    linear = torch.eye(2) + amount * torch.randn(shape[0], 2, 2).clamp(-2, 2) / 2
     shift = amount * (torch.rand(shape[0], 2, 1) - 0.5)
-    affine = torch.cat([turn, shift], dim=2).to(now.device)
+    affine = torch.cat([linear, shift], dim=2).to(now.device)
     grid = F.affine_grid(affine, shape, align_corners=False)
     cameras = [x.reshape(shape) for x in frames]
     warped = [F.grid_sample(x, grid, padding_mode="border", align_corners=False) for x in cameras]
@@ -298,7 +297,7 @@ def draw_strip(path, rows, caption, marks=None):
 
 
 def to_pixels(images):
-    """The first camera's of images (B, C, S, S) in [0, 1]: (B, S, S, 3) uint8."""
+    """Images (B, C, S, S) in [0, 1] -> the first camera's pixels (B, S, S, 3) uint8."""
     return images[:, :3].clamp(0, 1).mul(255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -377,7 +376,7 @@ def main():
         now, future = now[rank::world], future[rank::world]
         with torch.autocast(device.type, torch.bfloat16, args.bf16):
             loss = F.mse_loss(wrapped(now, future, args.warp), future) / copy_error
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         data.stop_unless_finite(norm, step, path)

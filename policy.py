@@ -5,14 +5,14 @@ Stage 3, the hierarchical policy (HiLAM, arXiv 2603.05815, section 3.3).
         high level  pi_h(o_t, text)  -> zbar_t, the skill of frame t
         low level   pi_l(o_t, skill) -> z_t, z_{t+1}, ... latent actions; skill: what pi_h says,
                     in whole deviations, so that no text leaks through its small digits
-    fine-tuning on a few labelled demonstrations: pi_h is frozen, so the text reaches the actions
-    through the skill alone; pi_l gets a new head and learns real actions
+    fine-tuning on a few labelled demonstrations: pi_h is frozen; pi_l, which hears no text, only
+    the skill, gets a new head and learns real actions
 
 Both have BAKU's architecture (NeurIPS 2024), smaller: an image encoder with FiLM by text or skill,
 a token each for text or skill, cameras, proprio and ACTION, a causal transformer read at ACTION,
 actions in chunks. The flat baseline is pi_l alone, told the text.
 
-    python policy.py                    # toy world: HiLAM, 5 demonstrations a task, 3 minutes
+    python policy.py                    # toy world: HiLAM, 5 demonstrations a task, 4 minutes
     python policy.py --variant flat     # the same network without hierarchy and pretraining
     python policy.py --variant flat_z0  # pretrained on the same video, but without hierarchy
 
@@ -63,7 +63,9 @@ def amount(text):
 def get_args():
     parser = data.make_parser(__doc__, steps=1500)
     add = parser.add_argument_group("experiment").add_argument
-    add("--variant", choices=VARIANTS, default="hilam", help="a row of the paper's Table 1")
+    add(
+        "--variant", choices=VARIANTS, default="hilam", help="flat, or a row of the paper's Table 1"
+    )
     add("--demos", type=amount, default=0.1, help="labelled demonstrations a task: 5, or share 0.1")
     add("--tasks", type=number(int, 0), nargs="+", help="labelled tasks, numbered by their names")
     add("--pretrain-steps", type=COUNT, default=2500, help="besides --steps of fine-tuning")
@@ -150,7 +152,7 @@ class Policy(nn.Module):
         width = settings["width"]
         text = settings["low_text"] or not skill
         self.cameras = cameras
-        tokens = cameras + 2 + text + (skill > 0)
+        tokens = cameras + 2 + text + (skill > 0)  # 2: proprio and ACTION
         self.text = None
         if text:  # the sum of its words' embeddings
             words = nn.EmbeddingBag(WORDS + 1, width, mode="sum", padding_idx=0)
@@ -184,7 +186,7 @@ class Policy(nn.Module):
         last = torch.stack([body, *others, self.action.expand(b, -1)], dim=1)
         tokens = torch.cat([steering[:, None], seen, missing, last], dim=1)
         mixed = self.mix(tokens + self.kind).view(b, -1, tokens.shape[-1])
-        return self.head(mixed[:, -1])  # read at ACTION
+        return self.head(mixed[:, -1])  # read at ACTION; an MLP gives one vector
 
 
 class Agent(nn.Module):
@@ -229,7 +231,7 @@ class Agent(nn.Module):
             losses["skill"] = (predicted - skill).abs().mean()
             predicted = predicted.detach()  # each level learns from its own labels
         error = (self.predict(images, tokens, predicted, proprio) - target).abs().mean(-1)
-        losses["action"] = (error * mask).mean()  # in pretraining: of what stands for actions
+        losses["action"] = (error * mask).mean()  # places past the end count as 0
         return losses
 
     @torch.no_grad()
@@ -249,25 +251,21 @@ class Agent(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------- data
-# What to learn from a packed set. tokens (E, 64): each episode's sentence; rows: to draw from; gap:
-# how many last frames of an episode have no target; arrays {name: (T, D)}: target, whose rows t,
-# t+1, ... are a chunk, and skill or proprio, whose row t is read
-Labels = namedtuple("Labels", "dataset tokens rows gap cameras arrays")
-
-
-def read_texts(dataset):
-    """The sentences of all episodes for the policy, (E, 64)."""
-    return torch.stack([tokenize(episode["text"]) for episode in dataset.episodes])
+# What to learn from a packed set. rows: to draw from; gap: how many last frames of an episode have
+# no target; cameras: how many are seen; arrays {name: (T, D)}: target, whose rows t, t+1, ... are a
+# chunk, and skill or proprio, whose row t is read
+Labels = namedtuple("Labels", "dataset rows gap cameras arrays")
 
 
 def get_batch(labels, count, chunk, rng, device):
     """Agent.forward's arguments for count random rows, as many of each set."""
     parts = []
-    for dataset, tokens, rows, gap, cameras, arrays in labels:
+    for dataset, rows, gap, cameras, arrays in labels:
         t = rng.choice(rows, max(1, count // len(labels)))
         after = t[:, None] + np.arange(chunk)  # (B, chunk)
         episodes = np.searchsorted(dataset.start, t, side="right") - 1
-        part = {"images": read_images(dataset, t, cameras, "cpu"), "tokens": tokens[episodes]}
+        part = {"images": read_images(dataset, t, cameras, "cpu")}
+        part["tokens"] = torch.stack([tokenize(dataset.episodes[e]["text"]) for e in episodes])
         part["mask"] = torch.from_numpy(after <= dataset.last[t][:, None] - gap)
         for name, array in arrays.items():
             at = np.minimum(after, dataset.total - 1) if name == "target" else t
@@ -319,8 +317,7 @@ def prepare_pretraining(args, sets, shape):
     for d in sets:
         names = {"target": action, "skill": skill}
         arrays = {key: load_rows(d, args.out, name) for key, name in names.items() if name}
-        rows = d.rows(d.split("train"), gap)
-        labels.append(Labels(d, read_texts(d), rows, gap, cameras, arrays))
+        labels.append(Labels(d, d.rows(d.split("train"), gap), gap, cameras, arrays))
     known = {name: join(labels, name) for name in labels[0].arrays}
     widths = {name: array.shape[1] for name, array in known.items()}
     agent = Agent(shape | widths | {"high_cameras": cameras}, vars(args))
@@ -333,9 +330,8 @@ def prepare_finetuning(args, sets, episodes, shape, agent):
     """The pretrained agent, or a new one, made ready for real actions, and the demonstrations."""
     labels = []
     for d, chosen in zip(sets, episodes, strict=True):
-        rows = d.rows(chosen)
         arrays = {"target": d.actions, "proprio": d.proprio}
-        labels.append(Labels(d, read_texts(d), rows, 0, shape["cameras"], arrays))
+        labels.append(Labels(d, d.rows(chosen), 0, shape["cameras"], arrays))
     actions, proprio = join(labels, "target"), join(labels, "proprio")
     if agent is None:
         agent = Agent(shape | {"target": actions.shape[1]}, vars(args))
@@ -424,7 +420,7 @@ def main():
             steps, peak = args.steps, (args.finetune_lr if agent else args.lr)
             agent, labels = prepare_finetuning(args, labelled, episodes, shape, agent)
         sample = get_batch(labels, 256, args.chunk, np.random.default_rng(0), device)
-        fingerprint = [*sample.values(), *agent.state_dict().values()]  # of labels, pretraining
+        fingerprint = [*sample.values(), *agent.state_dict().values()]  # the pretrained weights too
         settings["labels_and_weights"] = data.checksum(*[x.cpu().numpy() for x in fingerprint])
         agent.to(device)
         learning = [p for p in agent.parameters() if p.requires_grad]
@@ -449,7 +445,7 @@ def main():
             batch = {key: x[rank::world] for key, x in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, args.bf16):
                 losses = wrapped(**batch)  # pretraining: of skill and latents; then: of actions
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             sum(losses.values()).backward()
             norm = nn.utils.clip_grad_norm_(learning, 1.0)
             data.stop_unless_finite(norm, step, path)

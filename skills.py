@@ -5,11 +5,11 @@ A stage of H-Net reads vectors, decides where a chunk begins, and hands the firs
 the stage above; what comes back is spread over the frames and predicts the next latent action
 (HiLAM, arXiv 2603.05815, section 3.2; H-Net, arXiv 2507.07955).
 
-    python skills.py                      # toy world, a minute and a half; LIBERO: --chunk 20 3
+    python skills.py                      # toy world, two minutes; LIBERO: --chunk 20 3
 
-Expect on the toy world: F1 of stage 1's boundaries with grasps and releases above 0.9, of a uniform
-cut 0.25. Writes to OUT skills.pt, .json, .png, the log, and for each set boundaries.SET.npy (T,
-stages), skills<s>.SET.npy, a skill a frame, and the same of a uniform cut, uniform<s>.SET.npy.
+Expect on the toy world: F1 of H-Net's first boundaries with grasps and releases above 0.9, of a
+uniform cut 0.25. Writes to OUT skills.pt, .json, .png, the log, and for each set boundaries.SET.npy
+(T, stages), skills<s>.SET.npy, a skill a frame, and uniform<s>.SET.npy, the same of a uniform cut.
 """
 
 import math
@@ -35,7 +35,7 @@ def get_args():
     parser = data.make_parser(__doc__, steps=600)
     add = parser.add_argument_group("H-Net").add_argument
     add("--chunk", type=number(float, 1.5), nargs="+", default=[15.0, 3.0], help="N of each stage")
-    add("--least", type=COUNT, default=5, help="shortest chunk of stage 1 in frames; H-Net: 1")
+    add("--least", type=COUNT, default=5, help="shortest chunk of the first stage; H-Net: 1")
     add("--skill", choices=["plan", "first"], default="plan", help="the paper: first")
     add("--width", type=WIDTH, default=64, help="of a vector")
     add("--layers", type=COUNT, default=4, help="blocks in an encoder, a decoder; twice at the top")
@@ -107,7 +107,7 @@ def ratio_loss(boundary, p, mask, n):
 
 # ---------------------------------------------------------------------------------------- network
 class Block(nn.Module):
-    """Causal transformer block with ALiBi's bias, (B, L, D) -> (B, L, D), at first the identity."""
+    """Causal transformer block with a bias like ALiBi's, (B, L, D) twice, at first the identity."""
 
     def __init__(self, width):
         super().__init__()
@@ -118,7 +118,7 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width, bias=False)
         nn.init.zeros_(self.proj.weight)
-        nn.init.zeros_(self.down.weight)  # so the router first sees the latents as they are
+        nn.init.zeros_(self.down.weight)  # the router at first sees the embedded latents
 
     def forward(self, x):
         qkv = self.qkv(self.norm1(x)).unflatten(2, (3, 4, -1))  # 4 heads
@@ -281,13 +281,13 @@ def segment(model, dataset, latents, gap, device):
         mask = torch.arange(z.shape[1]) < torch.from_numpy(known[group])[:, None]
         _, routings = model(z.to(device), mask.to(device))
         for i, e in enumerate(group):
-            frames, read = np.arange(dataset.length[e]), np.arange(known[e])
-            marks, vectors = [], []  # of each stage; read: the frames it reads, a position each
+            frames, at = np.arange(dataset.length[e]), np.arange(known[e])
+            marks, vectors = [], []  # of each stage; at: the frame of each of its positions
             for routing in routings:
-                latest = np.searchsorted(read, frames, side="right") - 1  # position at each frame
+                latest = np.searchsorted(at, frames, side="right") - 1  # the last position by then
                 vectors.append(routing.vectors[i, latest].cpu().numpy())
-                read = read[routing.boundary[i, : len(read)].cpu().numpy()]  # by the next stage
-                marks.append(np.isin(frames, read))
+                at = at[routing.boundary[i, : len(at)].cpu().numpy()]  # of the next stage's
+                marks.append(np.isin(frames, at))
             found.append([np.stack(marks, axis=1), *vectors])
     return [np.concatenate(arrays) for arrays in zip(*found, strict=True)]
 
@@ -385,7 +385,7 @@ def report(args, model, sets, latents, held_out, gap, device):
 
 
 def latent_scale(dataset, z, gap):
-    """Of latents (T, D) to train on the mean (D,) and one deviation for all numbers."""
+    """The mean (D,) of a set's training latents, and one deviation for all numbers."""
     known = z[dataset.rows(dataset.split("train"), gap)]
     return known.mean(0), float(known.var(0).mean() ** 0.5) + 1e-6
 
@@ -424,11 +424,10 @@ def main():
     if min(map(len, episodes + held_out)) == 0:
         fail(f"a set has no episode of {lam.gap + 2} frames (gap + 2) to train on, or held out")
     model = HNet(vars(args), raw[0].shape[1], lam.gap).to(device)
-    shares = {args.slow[0]: [], args.slow[1]: [], 1.0: []}  # {share of the rate: parameters}
+    groups = [{"params": [], "share": share} for share in (*args.slow, 1.0)]  # of the rate
     for name, parameter in model.named_parameters():
-        share = args.slow[0] if "embed" in name or ".k." in name else 1.0
-        shares[args.slow[1] if "encoder" in name else share].append(parameter)
-    groups = [{"params": parameters, "share": share} for share, parameters in shares.items()]
+        group = 0 if "embed" in name or ".k." in name else 2
+        groups[1 if "encoder" in name else group]["params"].append(parameter)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.01)
     settings = vars(args) | {"lam": data.file_checksum(Path(args.out, "lam.pt"))}
     settings["data"] = [d.checksum() for d in sets] + [data.checksum(z) for z in raw]
@@ -451,7 +450,7 @@ def main():
             loss = loss + args.ratio * l_ratio  # lambda_ratio
             row |= {f"F{s}": f.item(), f"G{s}": g.item()}
         row["loss"] = loss.item()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         data.stop_unless_finite(norm, step, path)

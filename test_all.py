@@ -418,8 +418,8 @@ def test_probe_reads_the_action_from_true_motion_and_nothing_from_chance(trained
 
 # ----------------------------------------------------------------------------------------- policy
 def test_targets_of_a_chunk_are_the_next_rows_that_have_one_in_the_episode(dataset):
-    tokens, arrays = policy.read_texts(dataset), {"target": dataset.actions}
-    labels = policy.Labels(dataset, tokens, [0, 3, 4, 13], 1, 1, arrays)  # gap 1, one camera
+    arrays = {"target": dataset.actions}
+    labels = policy.Labels(dataset, [0, 3, 4, 13], 1, 1, arrays)  # gap 1, one camera
 
     batch = policy.get_batch([labels], 50, 4, np.random.default_rng(0), "cpu")
 
