@@ -291,7 +291,7 @@ def open_sets(paths):
             fail(f"{key} differ in shape, as of different robots or --size: {shapes}")
     for dataset in sets:
         if len(set(dataset.splits)) == 1:
-            print(f"{dataset.name}: none is held out; figures are on training episodes")
+            print(f"{dataset.name}: all are {dataset.splits[0]}: trained on, and measured on")
     return sets
 
 
@@ -304,7 +304,7 @@ def check_array(key, value, frames, where):
     if key in ("proprio", "actions"):
         right = value.dtype == np.float32 and value.ndim == 2 and np.isfinite(value).all()
     if not right or len(value) != len(frames) or value.size == 0:
-        expected = "frames, wrist uint8 (T, S, S, 3); proprio, actions float32 (T, D), no NaN"
+        expected = "only frames, wrist uint8 (T, S, S, 3); proprio, actions float32 (T, D), no NaN"
         fail(f"{where}: {key} {value.dtype} {value.shape} beside {len(frames)} frames; {expected}")
 
 
@@ -343,7 +343,7 @@ def pack(out, episodes, total=None, skipped=()):
         write(part / "episodes.json", {"arrays": arrays, "episodes": records})
         part.rename(out)
     except OSError as error:
-        fail(f"{out} cannot be written ({error})")
+        fail(f"{out} cannot be written, or an episode not be read ({error})")
     finally:
         rmtree(part, ignore_errors=True)
     print(f"{out}: {len(records)} episodes, arrays {', '.join(arrays)}; {len(skipped)} problems")
@@ -631,6 +631,7 @@ def video_episodes(args, skipped):
     """Episodes of video files and image folders, named by path; problems are added to skipped."""
     root = Path(args.src)
     found = [root, *natsorted(root.rglob("*"), key=str)]
+    skipped += [f"{x}: a link to a folder" for x in found[1:] if x.is_symlink() and x.is_dir()]
     folders = {path.parent for path in found if IMAGE.search(path.name)}
     folders -= {path.parent for path in found if VIDEO.search(path.name)}  # there, thumbnails
     files = [path for path in found if VIDEO.search(path.name) or path in folders]
@@ -672,7 +673,7 @@ def main():
     add("--size", type=number(int, 16, step=16), default=64, help="image side in pixels")
     add("--demos", type=COUNT, help="libero: the first so many demonstrations of each task")
     add("--labels", help="video: captions, a CSV or JSON file")
-    add("--fps", type=number(float, 0.1), help="video: frames a second; else as they are")
+    add("--fps", type=number(float, 0.1), help="video files: frames a second, if not theirs")
     add("--fit", choices=["crop", "squash"], default="crop", help="video: the middle, or squeezed")
     add("--workers", type=COUNT, default=os.cpu_count(), help="video: processes that decode")
     add("--val", type=number(float, 0, 0.5), default=0.1, help="share of the episodes held out")

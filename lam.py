@@ -222,7 +222,8 @@ def encode(model, dataset, device):
 def ridge(x, y, x_test, y_test):
     """R2 of each column of y_test, read from x_test by a ridge regression that x and y fitted."""
     fitted = make_pipeline(StandardScaler(), Ridge()).fit(x, y)
-    return r2_score(y_test, fitted.predict(x_test), multioutput="raw_values").round(4).tolist()
+    r2 = r2_score(y_test, fitted.predict(x_test), multioutput="raw_values")
+    return np.round(r2, 4).tolist()  # of a single row there is none: nan
 
 
 def summed(array, rows, gap):
@@ -352,8 +353,9 @@ def main():
         fail("--wrist: not all of the sets have a wrist camera")
     rows = [dataset.rows(dataset.split("train"), args.gap) for dataset in sets]
     held_out = [dataset.rows(dataset.split("val"), args.gap) for dataset in sets]
-    if min(map(len, rows + held_out)) == 0:
-        fail(f"--gap {args.gap} is longer than all episodes to train on, or all that are held out")
+    for d, *both in zip(sets, rows, held_out, strict=True):
+        if min(map(len, both)) == 0:
+            fail(f"{d.name}: --gap {args.gap} is longer than all to train on, or all held out")
     model = LAM(vars(args), sets[0].frames.shape[1]).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)
     settings = vars(args) | {"world": world, "data": [d.checksum() for d in sets]}

@@ -22,6 +22,7 @@ its curve; policy_pretrain_... and its log; NAME is the variant with lowtext and
 
 import functools
 import math
+import re
 import time
 import zlib
 from collections import namedtuple
@@ -90,12 +91,11 @@ def get_args():
 # ----------------------------------------------------------------------------------------- models
 @functools.cache
 def tokenize(text):
-    """A sentence for the policy: its words, and its words with their places, hashed into buckets,
-    (64,) int64, 0 is padding."""
-    keys = []
-    if len(text.split()) > LONGEST:
+    """A sentence's words, and its words with their places, hashed: (64,) int64, 0 is padding."""
+    keys, words = [], re.findall(r"\w+", text.lower())
+    if len(words) > LONGEST:
         print(f"only the first {LONGEST} words are read of: {text}")
-    for place, word in enumerate(text.lower().split()[:LONGEST]):
+    for place, word in enumerate(words[:LONGEST]):
         keys += [word, f"{place} {word}"]
     buckets = [1 + zlib.crc32(key.encode()) % WORDS for key in keys]
     return torch.tensor(buckets + [0] * (2 * LONGEST - len(buckets)))
@@ -115,7 +115,7 @@ class ImageEncoder(nn.Module):
         self.patch = patch
         self.grid = size // patch
         if size % patch or self.grid not in (8, 16, 32, 64):
-            fail(f"--patch {patch}: frames of {size} pixels make no grid of 8, 16, 32, 64 patches")
+            fail(f"--patch {patch}: {size} pixels make no grid of 8, 16, 32, 64: try {size // 16}")
         widths = [3 * patch**2 + 2, channels, 2 * channels, 2 * channels]
         self.conv = nn.ModuleList()
         for i in range(3):
@@ -237,9 +237,12 @@ class Agent(nn.Module):
     @torch.no_grad()
     def act(self, frames, wrist, proprio, texts, skill=None):
         """Arrays of frames and wrist (B, S, S, 3) uint8 or None, proprio (B, P), B sentences, and
-        perhaps a skill (B, D) in place of pi_h's -> a chunk of actions, an array (B, chunk, A)."""
-        device = self.target_mean.device
-        images = to_images([frames, wrist][: self.shape["cameras"]], device)
+        perhaps a skill (B, D) in place of pi_h's -> actions (B, chunk, A). Other images raise."""
+        device, side = self.target_mean.device, self.shape["size"]
+        views = [frames, wrist][: self.shape["cameras"]]
+        if any(np.shape(x)[1:] != (side, side, 3) or x.dtype != np.uint8 for x in views):
+            raise ValueError(f"{len(views)} cameras, uint8 (B, {side}, {side}, 3) each")
+        images = to_images(views, device)
         tokens = torch.stack([tokenize(text) for text in texts]).to(device)
         proprio = torch.from_numpy(proprio).float().to(device)
         if skill is None:
@@ -366,8 +369,9 @@ def report(args, name, agent, dataset):
         texts = [dataset.episodes[e]["text"]] * len(rows)
         found.append(agent.act(dataset.frames[rows], wrist, dataset.proprio[rows], texts)[:, 0])
     true, actions = dataset.actions[dataset.rows(episodes)], np.concatenate(found)
-    error = float(np.abs(actions - true).sum() / np.abs(true - true.mean(0)).sum())
-    print(f"held-out demonstrations: l1 error of the action over predicting the mean {error:.2f}")
+    mean_error = max(np.abs(true - true.mean(0)).mean(), 1e-3)  # 0 where the robot rests
+    error = float(np.abs(actions - true).mean() / mean_error)
+    print(f"held-out {dataset.name}: l1 error of the action over predicting the mean {error:.2f}")
     write(Path(args.out, f"{name}.json"), {"action_error": round(error, 4)})
     figure = Figure((9, 1.4 * true.shape[1]), layout="constrained")
     axes = figure.subplots(true.shape[1], sharex=True, squeeze=False)[:, 0]
@@ -380,11 +384,11 @@ def report(args, name, agent, dataset):
     write(Path(args.out, f"{name}.png"), figure)
 
 
-def run_name(args, phase):
-    """The name of a phase's files. Several fine-tunings share a pretraining."""
+def run_name(args, stage):
+    """The name of a training's files. Several fine-tunings share a pretraining."""
     parts = ["lowtext"] if args.low_text else []
-    if phase == "pretrain":
-        return "_".join(["policy_pretrain", *filter(None, VARIANTS[args.variant]), *parts])
+    if stage == "policy_pretrain":
+        return "_".join([stage, *filter(None, VARIANTS[args.variant]), *parts])
     if args.tasks:
         parts.append("tasks" + "-".join(map(str, args.tasks)))
     return "_".join(["policy", args.variant, *parts, str(args.demos)])
@@ -407,11 +411,11 @@ def main():
     if skill and action:
         made_from["skills"] = data.file_checksum(Path(args.out, "skills.pt"))
     agent = None
-    for phase in ["pretrain", "finetune"] if action else ["finetune"]:
+    for stage in ["policy_pretrain", "policy_finetune"] if action else ["policy_finetune"]:
         torch.manual_seed(args.seed)
-        name = run_name(args, phase)
+        name = run_name(args, stage)
         settings = vars(args) | made_from | {"world": world}
-        if phase == "pretrain":
+        if stage == "policy_pretrain":
             steps, peak = args.pretrain_steps, args.lr
             agent, labels = prepare_pretraining(args, sets, shape)
             for key in ("variant", "demos", "tasks", "steps", "finetune_lr"):
@@ -426,7 +430,6 @@ def main():
         learning = [p for p in agent.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(learning, lr=peak, weight_decay=1e-3, fused=True)
         path = Path(args.out, f"{name}.pt")
-        stage = "policy_" + phase
         first, log = data.resume(path, stage, settings, agent, optimizer, f"{name}.json")
         if args.compile:
             agent.compile()

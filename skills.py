@@ -421,8 +421,9 @@ def main():
     latents = [(z - mean) / deviation for z, (mean, deviation) in zip(raw, scale, strict=True)]
     episodes = [[e for e in d.split("train") if d.length[e] > lam.gap + 1] for d in sets]
     held_out = [dataset.rows(dataset.split("val"), lam.gap + 1) for dataset in sets]
-    if min(map(len, episodes + held_out)) == 0:
-        fail(f"a set has no episode of {lam.gap + 2} frames (gap + 2) to train on, or held out")
+    for d, *both in zip(sets, episodes, held_out, strict=True):
+        if min(map(len, both)) == 0:
+            fail(f"{d.name} has none of {lam.gap + 2} frames (gap + 2) to train on, or held out")
     model = HNet(vars(args), raw[0].shape[1], lam.gap).to(device)
     groups = [{"params": [], "share": share} for share in (*args.slow, 1.0)]  # of the rate
     for name, parameter in model.named_parameters():

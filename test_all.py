@@ -406,6 +406,12 @@ def test_encode_writes_latents_where_there_is_a_frame_t_plus_k_and_zeros_elsewhe
     assert np.allclose(latents[7], model.idm(frames[:1], frames[1:])[0].detach(), atol=1e-5)
 
 
+def test_probe_of_a_single_held_out_row_has_no_r2():
+    x = noise(9, 3).numpy()
+
+    assert np.isnan(lam.ridge(x, x[:, :1], x[:1], x[:1, :1])).all()
+
+
 def test_probe_reads_the_action_from_true_motion_and_nothing_from_chance(trained):
     robot = data.Packed(trained / "data/toy/robot")
     motion, chance = np.diff(robot.proprio, axis=0, append=0), noise(robot.total, 8).numpy()
@@ -496,6 +502,18 @@ def test_act_standardises_what_it_is_given_and_undoes_it_for_the_actions(told, l
     skill = acting.high(images, tokens) if told is None else (told - 0.5) / 3
     expected = acting.low(images, tokens, skill.round(), (proprio - 0.5) / 3).clamp(-1, 1)
     np.testing.assert_allclose(actions.reshape(4, -1), 3 * expected + 0.5, atol=1e-4)
+
+
+@pytest.mark.parametrize("frames", [np.zeros((1, 32, 32, 3)), np.zeros((1, 48, 48, 3), np.uint8)])
+def test_act_refuses_images_unlike_the_packed_ones(frames):
+    with pytest.raises(ValueError, match="uint8"):
+        agent(0).act(frames, None, np.zeros((1, 3)), ["push"])
+
+
+def test_sentences_that_differ_in_case_and_punctuation_are_one_and_in_order_are_two():
+    same, other = policy.tokenize("Put A, then B!"), policy.tokenize("put b then a")
+
+    assert torch.equal(policy.tokenize("put a then b"), same) and not torch.equal(same, other)
 
 
 def test_in_pretraining_the_low_level_is_told_what_the_high_level_says_and_teaches_it_nothing():
@@ -723,6 +741,7 @@ def test_clips_that_cannot_be_read_or_compared_are_named(capsys):
     os.truncate("raw/half.mkv", 2 * os.path.getsize("raw/half.mkv") // 3)
     write_images("raw/still", ".png", GREYS[:1])
     write_images("raw/deep", ".png", GREYS, "I;16")  # 16 bits a colour
+    os.symlink("still", "raw/link")
 
     run(data, "video")
 
@@ -730,9 +749,9 @@ def test_clips_that_cannot_be_read_or_compared_are_named(capsys):
     assert [episode["task"] for episode in packed.episodes] == ["good", "half"]
     assert packed.length[0] == 12 and 1 < packed.length[1] < 12
     skipped = Path("set/skipped.txt").read_text().splitlines()
-    assert [line.split(":")[0] for line in skipped] == ["bad", "deep", "half", "still"]
+    assert [line.split(":")[0] for line in skipped] == ["raw/link", "bad", "deep", "half", "still"]
     printed = capsys.readouterr().out
-    assert "4 problems" in printed and "[2, 10] frames a second are mixed" in printed
+    assert "5 problems" in printed and "[2, 10] frames a second are mixed" in printed
 
 
 # ------------------------------------------------------------------------- training and resuming
@@ -1005,7 +1024,7 @@ def test_libero_is_evaluated_in_workers_and_reported(libero):
         (None, lam, ["--latent", 1], "--latent"),
         (None, lam, ["--seed", -1], "--seed"),
         (None, lam, ["--wrist"], "not all of the sets have a wrist camera"),
-        (None, lam, ["--gap", 500], "--gap 500 is longer than all episodes"),
+        (None, lam, ["--gap", 500], "--gap 500 is longer than all"),
         (None, lam, ["--lr", "inf"], "--lr"),
         (None, lam, ["--lr", 1e30, "--out", "new"], "the gradient is"),
         (None, lam, ["--device", "cuda:99"], "--device cuda:99"),
