@@ -11,7 +11,7 @@ so. The policy decides at every step in the toy world, at every eighth in LIBERO
 
 Writes OUT/eval_SUITE_NAME_DEMOS.jsonl, a line an episode, from which a killed evaluation goes on;
 the same .json, with success by task; a GIF of each task's first success and first failure; and
-OUT/eval_SUITE.png, success over demonstrations with Wilson's 95 % intervals (names tell --tasks).
+OUT/eval_SUITE.png, success with Wilson's intervals. --tasks, --prompt, --replay join the names.
 """
 
 import functools

@@ -355,7 +355,7 @@ def main():
     held_out = [dataset.rows(dataset.split("val"), args.gap) for dataset in sets]
     for d, *both in zip(sets, rows, held_out, strict=True):
         if min(map(len, both)) == 0:
-            fail(f"{d.name}: --gap {args.gap} is longer than all to train on, or all held out")
+            fail(f"{d.name}: --gap {args.gap} is longer than all episodes to learn or held out")
     model = LAM(vars(args), sets[0].frames.shape[1]).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)
     settings = vars(args) | {"world": world, "data": [d.checksum() for d in sets]}

@@ -64,9 +64,7 @@ def amount(text):
 def get_args():
     parser = data.make_parser(__doc__, steps=1500)
     add = parser.add_argument_group("experiment").add_argument
-    add(
-        "--variant", choices=VARIANTS, default="hilam", help="flat, or a row of the paper's Table 1"
-    )
+    add("--variant", choices=VARIANTS, default="hilam", help="flat, or a row of Table 1")
     add("--demos", type=amount, default=0.1, help="labelled demonstrations a task: 5, or share 0.1")
     add("--tasks", type=number(int, 0), nargs="+", help="labelled tasks, numbered by their names")
     add("--pretrain-steps", type=COUNT, default=2500, help="besides --steps of fine-tuning")

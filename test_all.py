@@ -1024,7 +1024,7 @@ def test_libero_is_evaluated_in_workers_and_reported(libero):
         (None, lam, ["--latent", 1], "--latent"),
         (None, lam, ["--seed", -1], "--seed"),
         (None, lam, ["--wrist"], "not all of the sets have a wrist camera"),
-        (None, lam, ["--gap", 500], "--gap 500 is longer than all"),
+        (None, lam, ["--gap", 500], "--gap 500 is longer than all episodes"),
         (None, lam, ["--lr", "inf"], "--lr"),
         (None, lam, ["--lr", 1e30, "--out", "new"], "the gradient is"),
         (None, lam, ["--device", "cuda:99"], "--device cuda:99"),
