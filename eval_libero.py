@@ -60,7 +60,7 @@ def get_args():
     add("--demos", type=amount, nargs="+", default=[0.1], help="what policy.py had as --demos")
     add("--out", type=os.path.realpath, nargs="+", default=["out/toy"], help="run folders, pooled")
     add("--episodes", type=COUNT, default=10, help="episodes a task")
-    add("--tasks", type=number(int, 0, 9), nargs="+", help="if not all ten, numbered by names")
+    add("--tasks", type=number(int, 0, 9), nargs="+", help="of the suite's ten, in order of names")
     add("--max-steps", type=COUNT, help="steps of an episode, if not the suite's")
     add("--clear", type=REAL, default=0.5, help="LIBERO: grip commands within +-this are ignored")
     add("--workers", type=COUNT, default=2, help="LIBERO: simulators, a process each")
@@ -77,9 +77,9 @@ def get_args():
 def ensemble(past, chunk, execute):
     """Temporal aggregation (ACT, BAKU): several decisions predicted an action for the same step;
     their mean is taken, weighted by exp(0.01 age), age: how many steps ago the decision was made.
-    chunk (B, n, A): what is predicted now for the next n steps. past (B, n, A + 1): of what was
-    predicted for these steps before the weighted sum and, last, the sum of the weights; 0 at
-    first. Returns the next actions (B, execute, A), and past for the next decision."""
+    chunk (B, n, A): what is predicted now for the next n steps. past (B, n, A + 1): for the same
+    steps the weighted sum of the earlier predictions and, as last number, of their weights; zeros
+    at first. Returns the next actions (B, execute, A), and past for the next decision."""
     total = past + np.insert(chunk, chunk.shape[-1], 1, axis=-1)  # predicted now: weight 1
     mean = total[:, :, :-1] / total[:, :, -1:]
     later = np.pad(total[:, execute:], ((0, 0), (0, execute), (0, 0)))  # the steps still to come
@@ -108,7 +108,7 @@ class ToyEpisodes:
 
     def __init__(self, jobs, args):
         self.goals = [TASKS[task] for task, _ in jobs]
-        if args.prompt:  # all 48 goals, of which the robot was shown 10
+        if args.prompt:  # one after another of all 48; robots were shown 10
             self.goals = [GOALS[(5 * task + episode) % len(GOALS)] for task, episode in jobs]
         self.seeds = [[7_000_000 + args.seed, *job] for job in jobs]
         self.world = data.ToyWorld(self.goals, self.seeds)
@@ -137,8 +137,8 @@ class ToyEpisodes:
 
 
 def read_prompts(episodes, goals, out, agent, device):
-    """What tells the policy the task in place of a sentence: of each of these ToyEpisodes the
-    skills of a video in which a hand reaches its goal on its table, a step each, (B, limit, D)."""
+    """The skills that tell the task in place of a sentence, (B, limit, D): at [i, t] that of frame
+    t of a video in which a hand reaches goals[i] on the table of episode i."""
     stage = VARIANTS[agent.settings["variant"]][0]
     pairs = zip(goals, episodes.seeds, strict=True)
     films = [data.toy_demonstrate("hand", goal, seed) for goal, seed in pairs]
@@ -204,7 +204,7 @@ class LiberoEpisode:
 
         suite = get_benchmark(args.suite)()
         names = suite.get_task_names()
-        name = natsorted(names)[task]  # numbered as in policy.py
+        name = natsorted(names)[task]  # as policy.py numbers all ten
         index = names.index(name)  # LIBERO's own number
         bddl = suite.get_task_bddl_file_path(index)
         self.env = OffScreenRenderEnv(bddl_file_name=bddl, horizon=10**9)  # we count its steps

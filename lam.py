@@ -322,7 +322,7 @@ def draw(path, model, sets, latents, device):
         for name, code in tried.items():
             change = model.fdm(now, code) - now
             strip.append((f"what the FDM changes with {name}", to_pixels(0.5 + change)))
-    draw_strip(path, strip, "grey: nothing changes; only the true z changes what the video does")
+    draw_strip(path, strip, "grey: no change; with the true z the FDM draws the video's change")
 
 
 def report(out, model, sets, device):

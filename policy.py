@@ -41,8 +41,8 @@ from data import COUNT, REAL, WIDTH, fail, number, write
 from lam import ConvBlock, read_images, to_images, warp
 from skills import load_rows, stack
 
-# The rows of the paper's Table 1, and flat: the arrays in OUT that pi_h (None: there is none) and
-# pi_l learn to predict from video; where pi_l's is None, nothing is pretrained
+# The rows of the paper's Table 1, and flat: the arrays in OUT that (pi_h, pi_l) learn from video.
+# None for pi_h: there is no pi_h; for pi_l: no pretraining, all learn from demonstrations alone
 VARIANTS = {
     "hilam": ("skills1", "latents"),
     "hilam_z2": ("skills2", "latents"),
@@ -68,7 +68,7 @@ def get_args():
     add("--demos", type=amount, default=0.1, help="labelled demonstrations a task: 5, or share 0.1")
     add("--tasks", type=number(int, 0), nargs="+", help="labelled tasks, numbered by their names")
     add("--pretrain-steps", type=COUNT, default=2500, help="besides --steps of fine-tuning")
-    add("--low-text", action="store_true", help="tell pi_l the text as well as the skill")
+    add("--low-text", action="store_true", help="tell pi_l the text too, its FiLM is by the text")
     add = parser.add_argument_group("model and training").add_argument
     add("--chunk", type=COUNT, default=10, help="actions predicted at once; BAKU: 10")
     add("--patch", type=COUNT, default=4, help="pixels a patch; size / patch is 8, 16, 32 or 64")
@@ -176,7 +176,7 @@ class Policy(nn.Module):
         told = [] if self.text is None else [self.text(sentence)]
         if self.skill is not None:
             told.append(self.skill(skill))
-        steering, *others = told  # the first also steers the image encoder, one for all cameras
+        steering, *others = told  # FiLM for all cameras by the text if it is heard, else the skill
         condition = steering.repeat_interleave(cameras, 0)
         seen = self.image(images.flatten(0, 1), condition).view(b, cameras, -1)
         missing = self.no_camera.expand(b, self.cameras - cameras, -1)
@@ -188,8 +188,8 @@ class Policy(nn.Module):
 
 
 class Agent(nn.Module):
-    """Both levels, or a flat policy; mean and scale of proprio, target, skill. shape: a dict of the
-    widths of these (skill 0: flat), size, cameras, high_cameras (pi_h sees what all video has)."""
+    """Both levels, or a flat policy. shape, a dict: widths of proprio, target and skill (0: flat);
+    size of images; cameras that pi_l sees; high_cameras that pi_h sees: those of all video."""
 
     def __init__(self, shape, settings):
         super().__init__()

@@ -35,13 +35,13 @@ def get_args():
     parser = data.make_parser(__doc__, steps=600)
     add = parser.add_argument_group("H-Net").add_argument
     add("--chunk", type=number(float, 1.5), nargs="+", default=[15.0, 3.0], help="N of each stage")
-    add("--least", type=COUNT, default=5, help="shortest chunk of the first stage; H-Net: 1")
+    add("--least", type=COUNT, default=5, help="shortest chunk of z1; at least gap / 2; H-Net: 1")
     add("--skill", choices=["plan", "first"], default="plan", help="the paper: first")
     add("--width", type=WIDTH, default=64, help="of a vector")
     add("--layers", type=COUNT, default=4, help="blocks in an encoder, a decoder; twice at the top")
     add("--rec", type=REAL, default=0.1, help="weight of L_rec")
     add("--ratio", type=REAL, default=0.1, help="weight of L_ratio; H-Net: 0.03")
-    add("--slow", type=SHARE, nargs=2, default=[0.03, 0.1], help="lr shares: embed, k; encoders")
+    add("--slow", type=SHARE, nargs=2, default=[0.03, 0.1], help="lr shares: embed and k; encoders")
     add("--batch", type=COUNT, default=16, help="episodes a step, equally of each set")
     add("--lr", type=number(float, 1e-9), default=1e-3, help="peak learning rate of AdamW")
     return parser.parse_args()
@@ -59,16 +59,15 @@ def ste(c):
 
 def route(q, k, mask, least=1, apart=1):
     """Boundary probability p_t and boundaries b_t, (B, L), of q, k (B, L, D) (H-Net, section 2.2).
-    Chunks last least positions or longer; where vectors overlap, k_t meets q_{t-apart}."""
+    k_t is compared with q_{t-apart} (H-Net: 1); boundaries are at least `least` positions apart."""
     at = torch.arange(1, q.shape[1], device=q.device)
-    before, now = q[:, (at - apart).clamp_min(0)], k[:, 1:]
+    before, now = q[:, (at - apart).clamp_min(0)], k[:, 1:]  # q_{t-apart}, k_t
     norms = torch.linalg.vecdot(before, before) * torch.linalg.vecdot(now, now)
-    cosine = torch.linalg.vecdot(before, now) * norms.clamp_min(1e-16).rsqrt()  # cos(q_{t-1}, k_t)
+    cosine = torch.linalg.vecdot(before, now) * norms.clamp_min(1e-16).rsqrt()
     p = F.pad((1 - cosine) / 2, (1, 0), value=1.0)  # p_1 = 1
     boundary = (p >= 0.5) & mask
-    if least > 1:
-        for t in range(1, p.shape[1]):  # no boundary soon after the last one
-            boundary[:, t] &= ~boundary[:, max(0, t + 1 - least) : t].any(1)
+    for t in range(1, p.shape[1]):  # no boundary soon after the last one
+        boundary[:, t] &= ~boundary[:, max(0, t + 1 - least) : t].any(1)
     return p, boundary
 
 
@@ -107,7 +106,7 @@ def ratio_loss(boundary, p, mask, n):
 
 # ---------------------------------------------------------------------------------------- network
 class Block(nn.Module):
-    """Causal transformer block with a bias like ALiBi's, (B, L, D) twice, at first the identity."""
+    """Causal transformer block, (B, L, D) to the same; bias like ALiBi's; at first the identity."""
 
     def __init__(self, width):
         super().__init__()
@@ -158,14 +157,14 @@ class Stage(nn.Module):
         p, boundary = route(self.q(h), self.k(x), mask, *self.limits)  # H-Net makes k of h too
         z, inner_mask, position = chunk(h, boundary)
         top = not isinstance(self.main, Stage)
-        z, above = (self.main(z), []) if top else self.main(z, inner_mask)
+        z, above = (self.main(z), []) if top else self.main(z, inner_mask)  # M(z)
         out = dechunk(z, p, boundary, position) + self.residual(h)
         return self.decoder(out), [Routing(p, boundary, mask, h), *above]
 
 
 class HNet(nn.Module):
     """Standardised latents z (B, L, D), mask (B, L) -> at t the prediction of z_{t+1}; Routings.
-    settings: a dict of the flags; gap: the k of the latents."""
+    settings: a dict of the flags; gap: from frame I_t to I_{t+gap}."""
 
     def __init__(self, settings, latent, gap):
         super().__init__()
@@ -197,8 +196,8 @@ def skill_vectors(vectors, boundary, rule, last):
     episode (T,). first: the vector at its segment's first frame. plan, (T, 2 D): the mean of the
     vectors from this frame to its segment's end, and beside it the mean over the next segment."""
     if rule == "first":
-        k = np.cumsum(boundary) - 1  # k_t, counted from 0
-        return vectors[np.flatnonzero(boundary)[k]]  # zbar_t = z_{k_t}
+        which = np.cumsum(boundary) - 1  # the paper's k_t, from 0: the number of t's segment
+        return vectors[np.flatnonzero(boundary)[which]]  # zbar_t = z_{k_t}
     total, next_start = sum_ahead(vectors, boundary)
     count = next_start - np.arange(len(boundary))
     ahead = (total / count[:, None]).astype(np.float32)
@@ -271,7 +270,7 @@ def reconstruction(lam, prediction, mask, rows, sets, scale, rng):
 @torch.no_grad()
 def segment(model, dataset, latents, gap, device):
     """The boundaries (T, stages) of a packed set, and of each stage the encoder's vectors (T, D): a
-    frame between two positions of a stage, or without a latent, repeats the vector before it."""
+    frame has the vector of the stage's last position by then; above stage 1: its chunk's first."""
     known = np.maximum(1, dataset.length - gap)  # how many frames of each episode the model reads
     found = []  # of each episode
     groups = np.array_split(np.arange(len(known)), 1 + len(known) // 32)
@@ -350,7 +349,7 @@ def draw(path, sets, boundaries):
             for c, t in enumerate(line):
                 marks[len(strip), c] = colours[min(b[t : t + 2].any(0).sum(), 3)]
             strip.append((dataset.name, dataset.frames[line]))
-    draw_strip(path, strip, "every second frame; orange: stage 1 cuts, red: stage 2 as well", marks)
+    draw_strip(path, strip, "every second frame; orange: a z1 begins, red: a z2 as well", marks)
 
 
 def report(args, model, sets, latents, held_out, gap, device):
@@ -425,6 +424,8 @@ def main():
         if min(map(len, both)) == 0:
             fail(f"{d.name} has none of {lam.gap + 2} frames (gap + 2) to train on, or held out")
     model = HNet(vars(args), raw[0].shape[1], lam.gap).to(device)
+    if args.chunk[0] < model.stage.limits[0]:
+        fail(f"--chunk {args.chunk[0]:g} is below --least, or gap / 2: {model.stage.limits[0]}")
     groups = [{"params": [], "share": share} for share in (*args.slow, 1.0)]  # of the rate
     for name, parameter in model.named_parameters():
         group = 0 if "embed" in name or ".k." in name else 2
@@ -449,14 +450,13 @@ def main():
         for s, (routing, n) in enumerate(zip(routings, args.chunk, strict=True), 1):
             l_ratio, f, g = ratio_loss(routing.boundary, routing.probability, routing.mask, n)
             loss = loss + args.ratio * l_ratio  # lambda_ratio
-            row |= {f"F{s}": f.item(), f"G{s}": g.item()}
-        row["loss"] = loss.item()
+            row |= {f"F_z{s}": f.item(), f"G_z{s}": g.item()}
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         data.stop_unless_finite(norm, step, path)
         optimizer.step()
-        seen.append(row)
+        seen.append(row | {"loss": loss.item()})
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
             data.add_to_log(Path(args.out, "skills"), log, seen, first, begin)
             record = {"stage": "skills", "settings": settings, "step": step + 1}

@@ -821,7 +821,7 @@ def test_loss_of_stage_2_is_the_sum_of_its_weighted_parts(folder, monkeypatch):
 
     [row] = torch.load("out/toy/skills.pt")["log"]
     expected = 0.5 * row["L_rec"]
-    for f, g, n in ((row["F1"], row["G1"], 15), (row["F2"], row["G2"], 3)):
+    for f, g, n in ((row["F_z1"], row["G_z1"], 15), (row["F_z2"], row["G_z2"], 3)):
         expected += 0.3 * n / (n - 1) * ((n - 1) * f * g + (1 - f) * (1 - g))
     assert row["L_latent"] < 1e-6 and row["loss"] == pytest.approx(expected, rel=1e-4)
 
@@ -1028,7 +1028,7 @@ def test_libero_is_evaluated_in_workers_and_reported(libero):
         (None, lam, ["--lr", "inf"], "--lr"),
         (None, lam, ["--lr", 1e30, "--out", "new"], "the gradient is"),
         (None, lam, ["--device", "cuda:99"], "--device cuda:99"),
-        (None, skills, ["--chunk", 1, 3], "--chunk"),
+        (None, skills, ["--chunk", 4, 3], "--chunk 4 is below --least"),
         (None, data, ["libero", "--src", "nowhere"], "no .hdf5"),
         (None, data, ["libero", "--src", "data", "--demos", -3], "--demos"),
         (None, data, ["video", "--src", "data", "--val", 0.7], "--val"),
