@@ -108,7 +108,7 @@ class IDM(nn.Module):
     def forward(self, now, future):
         z = self.see(now, future)
         free = z[:, self.odd :]
-        free = F.layer_norm(free, free.shape[1:])  # no VQ
+        free = F.layer_norm(free, free.shape[1:])  # no VQ; two of its numbers are bound
         if not self.odd:
             return free
         odd = (z - self.see(future, now))[:, : self.odd]  # z(a, b) = -z(b, a)
