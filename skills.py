@@ -66,8 +66,9 @@ def route(q, k, mask, least=1, apart=1):
     cosine = torch.linalg.vecdot(before, now) * norms.clamp_min(1e-16).rsqrt()
     p = F.pad((1 - cosine) / 2, (1, 0), value=1.0)  # p_1 = 1
     boundary = (p >= 0.5) & mask
-    for t in range(1, p.shape[1]):  # no boundary soon after the last one
-        boundary[:, t] &= ~boundary[:, max(0, t + 1 - least) : t].any(1)
+    if least > 1:
+        for t in range(1, p.shape[1]):  # no boundary soon after the last one
+            boundary[:, t] &= ~boundary[:, max(0, t + 1 - least) : t].any(1)
     return p, boundary
 
 

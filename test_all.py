@@ -1028,6 +1028,7 @@ def test_libero_is_evaluated_in_workers_and_reported(libero):
         (None, lam, ["--lr", "inf"], "--lr"),
         (None, lam, ["--lr", 1e30, "--out", "new"], "the gradient is"),
         (None, lam, ["--device", "cuda:99"], "--device cuda:99"),
+        (None, skills, ["--chunk", 1, 3], "--chunk"),
         (None, skills, ["--chunk", 4, 3], "--chunk 4 is below --least"),
         (None, data, ["libero", "--src", "nowhere"], "no .hdf5"),
         (None, data, ["libero", "--src", "data", "--demos", -3], "--demos"),
